@@ -1,0 +1,68 @@
+"""Draws test loss and test accuracy over the optimizer steps from result logs.
+
+    python3 plot_acc_loss.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F.txt
+    python3 plot_acc_loss.py output/cifar10_*.txt
+
+One log gives {out_dir}/{norm}_loss_acc.png; several give one comparison, {out_dir}/comparison.png.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.run_logger import RunLog, read_log
+from utils.vis_utils import comparison_figure, loss_accuracy_figure, save_figure
+
+OUT_DIR = "img/plot_acc_loss"
+
+
+def plot_log(path, out_dir=OUT_DIR) -> Path:
+    """Draws one log's figure and returns its path. Raises ValueError, OSError."""
+    run = read_log(path)
+    if not run.steps:
+        raise ValueError(f"{path} holds no evaluation")
+    figure = loss_accuracy_figure(run.steps, run.loss, run.accuracy, _label(run))
+    return save_figure(figure, Path(out_dir) / f"{run.norm_type}_loss_acc.png")
+
+
+def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
+    """Draws one figure of several logs and returns its path. Raises ValueError, OSError.
+
+    A log without an evaluation is left out, and named on stderr.
+    """
+    curves = []
+    for run in map(read_log, paths):
+        if run.steps:
+            curves.append((_label(run), run.steps, run.loss, run.accuracy))
+        else:
+            print(f"plot_acc_loss.py: left out: {run.path} holds no evaluation", file=sys.stderr)
+    if not curves:
+        raise ValueError("no log holds an evaluation")
+    return save_figure(comparison_figure(curves), Path(out_dir) / "comparison.png")
+
+
+def _label(run: RunLog) -> str:
+    label = f"{run.dataset} {run.model_type} {run.norm_type}"
+    return f"{label} pretrained" if run.pretrained else label
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
+    parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
+    args = parser.parse_args()
+    try:
+        if len(args.logs) == 1:
+            print(plot_log(args.logs[0], args.out_dir))
+        else:
+            print(plot_comparison(args.logs, args.out_dir))
+    except (OSError, ValueError) as error:
+        print(f"plot_acc_loss.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Draws what a trained model attends to, from its checkpoint.
+
+    python3 plot_attn.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F_checkpoint.bin
+
+Writes {out_dir}/{norm}_layer_{i}.png, the first head's attention map of block i, and
+{out_dir}/{norm}_attention.png, the class token's attention over the image.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from models.modeling import CONFIGS, VisionTransformer
+from utils.checkpoint import load_checkpoint
+from utils.data_utils import DATASETS, load_dataset, resize
+from utils.vis_utils import (
+    attention_map_figure,
+    attention_rollout,
+    class_token_figure,
+    save_figure,
+)
+
+LAYERS = (0, 3, 6, 9)
+OUT_DIR = "img/plot_attn"
+
+
+@torch.no_grad()
+def plot_attention(
+    model, image, norm_type, layers=LAYERS, out_dir=OUT_DIR, title="input"
+) -> list[Path]:
+    """Draws the attention of those `layers` (blocks) that the model has; returns the files' paths.
+
+    model: built with vis=True; returns (logits, one (B, heads, N, N) tensor a block).
+    image: (1, 3, S, S) in [-1, 1]. title: the image's, such as its class.
+    Raises ValueError if the model has none of the blocks, OSError if a figure cannot be written.
+    """
+    was_training = model.training
+    _, weights = model.eval()(image)
+    model.train(was_training)
+    weights = [attention[0].float().cpu().numpy() for attention in weights]  # (heads, N, N) each
+    layers = [i for i in layers if 0 <= i < len(weights)]
+    if not layers:
+        raise ValueError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
+
+    out_dir = Path(out_dir)
+    paths = []
+    for i in layers:
+        figure = attention_map_figure(weights[i][0], f"{norm_type}, block {i}, head 0")
+        paths.append(save_figure(figure, out_dir / f"{norm_type}_layer_{i}.png"))
+    pixels = (0.5 + 0.5 * image[0].float()).clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
+    maps = {f"block {i}": weights[i].mean(axis=0)[0, 1:] for i in layers}
+    maps["rollout"] = attention_rollout(weights)
+    figure = class_token_figure(pixels, maps, title)
+    return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--image", type=int, default=0, metavar="INDEX", help="test image (0)")
+    parser.add_argument("--dataset", choices=DATASETS, help="of the image (the one trained on)")
+    parser.add_argument("--data_dir", default="data", help="folder of the datasets (%(default)s)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=LAYERS, help="blocks, from 0 (0 3 6 9)"
+    )
+    parser.add_argument("--out_dir", default=OUT_DIR, help="folder for figures (%(default)s)")
+    args = parser.parse_args()
+    try:
+        checkpoint = load_checkpoint(args.checkpoint)
+        if "flags" not in checkpoint:
+            raise ValueError(f"{args.checkpoint} holds weights alone, not the flags of their run")
+        state, flags = checkpoint["model"], checkpoint["flags"]
+        model = VisionTransformer(
+            CONFIGS[flags["model_type"]],
+            img_size=flags["img_size"],
+            norm_type=flags["norm_type"],
+            num_classes=len(state["head.weight"]),
+            vis=True,
+        )
+        model.load_state_dict(state)
+        dataset = load_dataset(args.dataset or flags["dataset"], args.data_dir)
+        count = len(dataset.test_images)
+        if not 0 <= args.image < count:
+            raise ValueError(f"--image {args.image}: the test images are 0 to {count - 1}")
+        image = resize(dataset.test_images[args.image : args.image + 1], flags["img_size"])
+        title = dataset.classes[int(dataset.test_labels[args.image])]
+        for path in plot_attention(
+            model, image, flags["norm_type"], args.layers, args.out_dir, title
+        ):
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"plot_attn.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

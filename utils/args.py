@@ -1,0 +1,313 @@
+"""The command line of train.py: flags, their validation, and the names of a run's files."""
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from models.configs import CONFIGS
+from models.norms import NORM_TYPES
+from utils.data_utils import DATASETS
+from utils.precision import HALF_DTYPES, LEVELS
+from utils.scheduler import SCHEDULES
+
+# Flags that decide neither the weights nor which of them count as best: they are in no name, and
+# may change when a run is resumed.
+OPERATIONAL = (
+    "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
+    " stop_after log_every"
+).split()
+IN_REFERENCE_NAME = ("model_type", "norm_type", "fp16", "img_size")
+
+
+class UsageError(ValueError):
+    """The user's mistake, or a fault of the machine that the user can mend; one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _number(kind, low, high=math.inf, low_allowed=True):
+    """An argparse type: int or float within [low, high], low itself only if allowed."""
+    bound = f"{'from' if low_allowed else 'above'} {low:g}"
+    bound += "" if high == math.inf else f" to {high:g}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+            ok = low <= value <= high and (low_allowed or value != low) and math.isfinite(value)
+        except (ValueError, OverflowError):
+            ok = False
+        if not ok:
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a {noun} {bound}")
+        return value
+
+    return parse
+
+
+def _name(text):
+    if not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,79}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: 1 to 80 letters, digits and . _ + = @ - (no leading dot)"
+        )
+    return text
+
+
+def _gpu(text):
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a GPU's number, such as 0")
+    return text
+
+
+def _choice(kind, known):
+    def parse(text):
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known; {kind}: {', '.join(known)}")
+        return text
+
+    return parse
+
+
+MAX_COUNT = 10**7
+
+
+def build_parser():
+    count, any_count = _number(int, 1, MAX_COUNT), _number(int, 0, MAX_COUNT)
+    parser = _Parser(
+        prog="train.py",
+        description="Train a Vision Transformer on CIFAR with the normalization of your choice.",
+        epilog="example: python3 train.py --name demo --dataset digits --model_type ViT-Ti_4"
+        " --img_size 32 --norm_type Rescale --train_batch_size 64 --num_steps 300",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    add = parser.add_argument_group("experiment").add_argument
+    add("--name", required=True, type=_name, help="name of the experiment; its files start with it")
+    add(
+        "--dataset",
+        default="cifar10",
+        type=_choice("datasets", DATASETS),
+        help=f"one of {', '.join(DATASETS)}; digits needs no download",
+    )
+    add(
+        "--model_type",
+        default="ViT-B_16",
+        type=_choice("models", CONFIGS),
+        help=f"one of {', '.join(CONFIGS)}; the number is the patch in pixels",
+    )
+    add(
+        "--norm_type",
+        default="LN",
+        type=_choice("norm types", NORM_TYPES),
+        help=f"normalization, one of {', '.join(NORM_TYPES)} (Rescale: none)",
+    )
+    add(
+        "--pretrained_dir",
+        metavar="FILE",
+        help="weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)",
+    )
+    add("--img_size", default=224, type=_number(int, 1, 4096), help="side of the input, pixels")
+    add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
+    add("--deterministic", action="store_true", help="only deterministic algorithms (slower)")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", default=128, type=count, help="images per optimizer step, process")
+    add(
+        "--gradient_accumulation_steps",
+        default=1,
+        type=count,
+        help="batches that an optimizer step's images are split into",
+    )
+    add("--num_steps", default=20000, type=count, help="optimizer steps")
+    add(
+        "--learning_rate",
+        default=0.05,
+        type=_number(float, 0),
+        help="peak learning rate of SGD, momentum 0.9",
+    )
+    add("--weight_decay", default=0.0, type=_number(float, 0), help="L2 penalty")
+    add("--warmup_steps", default=500, type=any_count, help="linear warmup, optimizer steps")
+    add(
+        "--decay_type",
+        default="cosine",
+        type=_choice("decay types", SCHEDULES),
+        help="cosine or linear, to 0 at num_steps",
+    )
+    add(
+        "--max_grad_norm",
+        default=1.0,
+        type=_number(float, 0, low_allowed=False),
+        help="global norm that gradients are clipped to",
+    )
+
+    add = parser.add_argument_group("precision and speed").add_argument
+    add("--fp16", action="store_true", help="half precision, at the level of --fp16_opt_level")
+    add(
+        "--fp16_opt_level",
+        default="O2",
+        type=_choice("levels", LEVELS),
+        help="O0 fp32, O1 autocast, O2 half weights with fp32 masters, O3 all half",
+    )
+    add(
+        "--loss_scale",
+        default=0.0,
+        type=_number(float, 0, 2.0**24),
+        help="0: dynamic (fp16) or none (bf16); else a static scale",
+    )
+    add(
+        "--half_dtype",
+        default="auto",
+        type=_choice("half types", ("auto", *HALF_DTYPES)),
+        help="auto: fp16 on CUDA, bf16 elsewhere",
+    )
+    add(
+        "--amp_backend",
+        default="native",
+        type=_choice("backends", ("native", "apex")),
+        help="apex needs an installed apex that still has apex.amp",
+    )
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+
+    add = parser.add_argument_group("evaluation and files").add_argument
+    add("--eval_every", default=100, type=count, help="optimizer steps between evaluations")
+    add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
+    add("--eval", action="store_true", help="evaluate the run's best checkpoint, draw its figures")
+    add("--output_dir", default="output", help="where result logs and checkpoints go")
+    add("--data_dir", default="data", help="where CIFAR is, or is downloaded to")
+    add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
+    add(
+        "--save_every",
+        default=None,
+        type=count,
+        help="optimizer steps between checkpoints (default: with each evaluation)",
+    )
+    add(
+        "--stop_after",
+        default=None,
+        type=count,
+        help="stop, with a checkpoint, after this optimizer step; the schedule stays that of"
+        " num_steps",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="continue the run from its newest good checkpoint, or FILE; from the start if none",
+    )
+    add("--overwrite", action="store_true", help="start anew though the run's files exist")
+
+    add = parser.add_argument_group("processes").add_argument
+    add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
+    add("--local_rank", default=-1, type=int, help="from old launchers; torchrun's wins")
+    return parser
+
+
+def parse_args(argv=None):
+    """The validated flags. A mistake exits with status 2 and one line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    patch = CONFIGS[args.model_type].patches.size[0]
+    if args.img_size % patch:
+        parser.error(
+            f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
+            f" of {patch} pixels"
+        )
+    if args.train_batch_size % args.gradient_accumulation_steps:
+        parser.error(
+            f"argument --train_batch_size: {args.train_batch_size} is not divisible by"
+            f" --gradient_accumulation_steps {args.gradient_accumulation_steps}"
+        )
+    if args.resume and args.overwrite:
+        parser.error("argument --overwrite: not together with --resume")
+    if args.amp_backend == "apex":
+        try:
+            from apex import amp  # noqa: F401
+        except ImportError:
+            parser.error(
+                "argument --amp_backend: apex.amp cannot be imported; NVIDIA removed it from apex in"
+                " 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
+            )
+    args.save_every = args.save_every or args.eval_every
+    return args
+
+
+class RunFiles:
+    """Where one run's files are. Two runs with different flags never share one.
+
+    Names are the reference's. They leave out most flags: those that are not at their defaults are
+    appended. Raises UsageError if output_dir cannot be written.
+    """
+
+    def __init__(self, args):
+        self.output_dir = Path(args.output_dir)
+        pretrained = "T" if args.pretrained_dir else "F"
+        middle = f"{args.model_type}_norm_{args.norm_type}_fp_{args.fp16}_img_{args.img_size}"
+        middle += f"_pretrain_{pretrained}"
+        rest = _non_default(args)
+        self.run_name = f"{args.name}_{middle}{_suffix(rest)}"
+        rest.pop("dataset", None)
+        self.log = self.output_dir / f"{args.dataset}_{middle}_{args.name}{_suffix(rest)}.txt"
+        self.tensorboard = Path("logs") / self.run_name
+        self.best = self.output_dir / f"{self.run_name}_checkpoint.bin"
+        self.final = self.output_dir / f"{self.run_name}_final.bin"
+        self.lock = self.output_dir / f"{self.run_name}.lock"
+
+    def step(self, step):
+        """The checkpoint that continues after `step`."""
+        return self.output_dir / f"{self.run_name}_step_{step}.bin"
+
+    def steps(self):
+        """The run's checkpoints to continue from, newest (most steps) first."""
+        pattern = re.compile(re.escape(self.run_name) + r"_step_(\d+)\.bin")
+        found = [pattern.fullmatch(path.name) for path in self.output_dir.glob("*_step_*.bin")]
+        steps = sorted((int(match[1]) for match in found if match), reverse=True)
+        return [self.step(step) for step in steps]
+
+    def check_writable(self):
+        for folder in (self.output_dir, self.tensorboard.parent):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                flag = "--output_dir " if folder == self.output_dir else ""
+                raise UsageError(
+                    f"{flag}{folder} cannot be written: {os.strerror(error.errno)}"
+                ) from None
+
+
+def result_flags(args):
+    """The flags that decide a run's result, as a dict of plain values."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in OPERATIONAL}
+
+
+def _non_default(args):
+    parser = build_parser()
+    flags = {
+        k: v
+        for k, v in result_flags(args).items()
+        if v != parser.get_default(k) and k not in IN_REFERENCE_NAME
+    }
+    if not args.fp16:  # without --fp16 these have no effect
+        for k in ("fp16_opt_level", "loss_scale", "half_dtype", "amp_backend"):
+            flags.pop(k, None)
+    source = flags.pop("pretrained_dir", None)
+    if source and Path(source).name not in ("auto", f"{args.model_type}.npz"):
+        flags["from"] = re.sub(r"[^A-Za-z0-9._+=@-]", "-", Path(source).stem)
+    return flags
+
+
+def _suffix(flags):
+    # A comma cannot be in --name: two runs never come to the same file name.
+    text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in flags.items())
+    if len(text) <= 60:
+        return text
+    return "," + hashlib.sha256(text.encode()).hexdigest()[:12]

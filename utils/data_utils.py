@@ -1,0 +1,216 @@
+"""Datasets as uint8 tensors on the training device, and their batches made there.
+
+Images are stored (n, 32, 3, 32), rows x channels x columns. In that layout cropping and resizing a
+batch is two batched matrix products, one per axis, with nothing to transpose.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+
+SIDE = 32  # pixels, both ways, of every stored image
+DATASETS = ("cifar10", "cifar100", "digits")
+
+
+class DataError(ValueError):
+    """The data cannot be had; the message is one line for the user."""
+
+
+@dataclass
+class Dataset:
+    train_images: torch.Tensor  # (n, 3, 32, 32) uint8
+    train_labels: torch.Tensor  # (n,) int64
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list
+
+
+def load_dataset(name, data_dir="data"):
+    """`cifar10`, `cifar100` (downloaded to data_dir when absent) or `digits` (scikit-learn's own).
+
+    Raises DataError: damaged or missing files, no network, an unreadable folder.
+    """
+    if name == "digits":
+        return _digits()
+    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    folder = Path(data_dir) / cifar.base_folder
+    try:
+        if not folder.exists():
+            print(f"Downloading {cifar.__name__} to {data_dir} ...")
+            cifar(data_dir, download=True)
+        meta = [cifar.meta["filename"], cifar.meta["md5"]]
+        for file, md5 in [*cifar.train_list, *cifar.test_list, meta]:
+            if not check_integrity(folder / file, md5):
+                raise DataError(
+                    f"--data_dir {data_dir}: {folder / file} is missing or damaged (its MD5 should be"
+                    f" {md5}); delete {folder} and it is downloaded anew"
+                )
+        train, test = cifar(data_dir, train=True), cifar(data_dir, train=False)
+    except URLError as error:
+        raise DataError(
+            f"--dataset {name}: not in --data_dir {data_dir}, and the download failed"
+            f" ({error.reason}); put {cifar.base_folder} there, or try --dataset digits"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"--data_dir {data_dir}: {str(error).splitlines()[0]}") from None
+
+    def tensors(split):
+        images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(split.targets)
+
+    return Dataset(*tensors(train), *tensors(test), train.classes)
+
+
+def _digits():
+    """1,797 handwritten digits, 8x8 in 17 greys, as 32x32 RGB; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    test = torch.arange(len(labels)) % 5 == 0
+    classes = [str(name) for name in digits.target_names]
+    return Dataset(images[~test], labels[~test], images[test], labels[test], classes)
+
+
+def sample_boxes(n, generator, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)):
+    """n boxes (n, 4) int64: top, left, height, width in pixels, as RandomResizedCrop draws them.
+
+    Source: torchvision's RandomResizedCrop.get_params: area uniform in `scale`, aspect ratio
+    log-uniform in `ratio`, the first of ten draws that fits, else the whole (square) image.
+    """
+
+    def uniform(low, high, shape):
+        return torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low
+
+    area = SIDE * SIDE * uniform(*scale, (n, 10))
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), (n, 10)).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width > 0) & (width <= SIDE) & (height > 0) & (height <= SIDE)
+    first = fits.int().argmax(dim=1, keepdim=True)  # 0 where none fits
+    none = ~fits.any(dim=1)
+    height = height.gather(1, first).squeeze(1).masked_fill(none, SIDE)
+    width = width.gather(1, first).squeeze(1).masked_fill(none, SIDE)
+    top = (uniform(0, 1, n) * (SIDE - height + 1)).floor()
+    left = (uniform(0, 1, n) * (SIDE - width + 1)).floor()
+    return torch.stack([top, left, height, width], dim=1).long()
+
+
+class Resizer:
+    """Crop and bilinear resize to (size, size), antialiased when shrinking, pixels to [-1, 1].
+
+    Along one axis a resize is a product with a (size, 32) matrix of triangle weights, and there are
+    only 528 boxes (start, length): all matrices are made once and looked up.
+    """
+
+    def __init__(self, size, device="cpu", dtype=torch.float32):
+        self.size, self.dtype = size, dtype
+        start, length = torch.triu_indices(SIDE, SIDE)
+        length = length - start + 1
+        self.row_of = torch.zeros(SIDE, SIDE + 1, dtype=torch.long)
+        self.row_of[start, length] = torch.arange(len(start))
+        self.row_of = self.row_of.to(device)
+        start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
+        step = length / size  # input pixels per output pixel
+        center = start + (torch.arange(size).view(1, -1, 1) + 0.5) * step
+        pixel = torch.arange(SIDE).view(1, 1, -1)
+        weights = 1 - (pixel + 0.5 - center).abs() / step.clamp(min=1)
+        weights = weights.clamp(min=0) * ((pixel >= start) & (pixel < start + length))
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        self.weights = weights.to(device, dtype)  # (528, size, 32)
+
+    def __call__(self, images, boxes=None):
+        """images (B, 32, 3, 32) uint8, boxes (B, 4) as `sample_boxes` or None for the whole image.
+
+        Returns (B, 3, size, size), a view whose memory is rows x channels x columns.
+        """
+        B = len(images)
+        x = (images.to(torch.float32) * (2 / 255) - 1).to(self.dtype).view(B, SIDE * 3, SIDE)
+        if boxes is None:
+            rows = columns = self.weights[SIDE - 1].expand(B, -1, -1)  # start 0, length 32
+        else:
+            top, left, height, width = boxes.unbind(1)
+            rows = self.weights[self.row_of[top, height]]  #      (B, size, 32)
+            columns = self.weights[self.row_of[left, width]]
+        x = torch.bmm(x, columns.transpose(1, 2))  #              (B, 32 * 3, size)
+        x = torch.bmm(rows, x.view(B, SIDE, 3 * self.size))  #    (B, size, 3 * size)
+        return x.view(B, self.size, 3, self.size).transpose(1, 2)
+
+
+def to_rows(images):
+    """(n, 3, 32, 32) -> (n, 32, 3, 32), the stored layout."""
+    return images.transpose(1, 2).contiguous()
+
+
+def resize(images, size, dtype=torch.float32):
+    """Test transform: images (B, 3, 32, 32) uint8 to (B, 3, size, size) in [-1, 1]."""
+    return Resizer(size, images.device, dtype)(to_rows(images))
+
+
+class TrainBatches:
+    """Training batches by number, each made on the device: `images, labels = batches(i)`.
+
+    Batch i, counted from the start of training, depends on (seed, i) alone: each epoch's order and
+    boxes come from a generator seeded with (seed, epoch). An epoch's short last batch is used too.
+    With several processes a batch holds batch_size images of each, process `rank` taking its part.
+    """
+
+    def __init__(self, dataset, batch_size, resizer, seed, device, rank=0, world_size=1):
+        self.images = to_rows(dataset.train_images).to(device)
+        self.labels = dataset.train_labels.to(device)
+        self.batch_size, self.resizer, self.seed = batch_size, resizer, seed
+        self.rank, self.world_size = rank, world_size
+        total, n = batch_size * world_size, len(self.labels)
+        # A rest too small to give each process an image is left out.
+        self.per_epoch = n // total + (n % total >= world_size)
+        self.epoch = None
+
+    def _start_epoch(self, epoch):
+        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        self.boxes = sample_boxes(len(self.labels), generator).to(self.labels.device)
+        self.epoch = epoch
+
+    def indices(self, i):
+        """This process's training-set indices in batch i, (b,)."""
+        epoch, place = divmod(i, self.per_epoch)
+        if epoch != self.epoch:
+            self._start_epoch(epoch)
+        start = place * self.batch_size * self.world_size
+        batch = self.order[start : start + self.batch_size * self.world_size]
+        return batch.tensor_split(self.world_size)[self.rank]
+
+    def __call__(self, i):
+        """Images (b, 3, size, size) in [-1, 1] and labels (b,) of batch i."""
+        chosen = self.indices(i)
+        return self.resizer(self.images[chosen], self.boxes[chosen]), self.labels[chosen]
+
+
+class TestBatches:
+    """Iterates over this process's share of the test images, each image once in all."""
+
+    __test__ = False  # no test case, whatever pytest makes of the name
+
+    def __init__(self, dataset, batch_size, resizer, device, rank=0, world_size=1):
+        share = torch.arange(len(dataset.test_labels)).tensor_split(world_size)[rank]
+        self.images = to_rows(dataset.test_images[share]).to(device)
+        self.labels = dataset.test_labels[share].to(device)
+        self.batch_size, self.resizer = batch_size, resizer
+
+    def __len__(self):
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self):
+        for images, labels in zip(
+            self.images.split(self.batch_size), self.labels.split(self.batch_size)
+        ):
+            yield self.resizer(images), labels

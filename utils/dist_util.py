@@ -1,0 +1,69 @@
+"""Processes: who am I, how many are we, sums over all of us. One process needs no set-up."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def launched():
+    """Whether torchrun (or another launcher with its environment) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def init(args):
+    """Join the process group, if there is one; returns this process's device."""
+    if not launched():
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_id
+    local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank if launched() else 0)
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if launched():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor):
+    """The sum over all processes of a tensor on the CPU."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def any_process(flag):
+    """Whether `flag` is true in any process; all must call it."""
+    return bool(sum_over_processes(torch.tensor(int(flag))))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def wrap(model):
+    """The model with its gradients averaged over processes, if there are several."""
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def shutdown():
+    if dist.is_initialized():
+        dist.destroy_process_group()

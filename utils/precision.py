@@ -1,0 +1,185 @@
+"""Half precision: apex's levels O0..O3 on PyTorch's own parts, behind one object.
+
+| level | weights                  | forward  | masters | loss scale |
+|-------|--------------------------|----------|---------|------------|
+| O0    | fp32                     | fp32     | -       | 1          |
+| O1    | fp32                     | autocast | -       | dynamic    |
+| O2    | half, but BatchNorm fp32 | half     | fp32    | dynamic    |
+| O3    | half                     | half     | -       | 1          |
+
+Half is fp16 on CUDA and bf16 elsewhere. bf16 has fp32's range and needs no loss scale.
+Source: the optimization levels of NVIDIA's apex.amp.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LEVELS = ("O0", "O1", "O2", "O3")
+INITIAL_SCALE, MAX_SCALE, CLEAN_STEPS = 2.0**16, 2.0**24, 2000
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did, read from the device."""
+
+    updates: int  # optimizer steps taken so far
+    finite: bool  # whether this one was taken
+    loss: float  # mean cross entropy of its images
+    grad_norm: float  # unscaled, before clipping
+    loss_scale: float
+    learning_rate: float
+
+
+class Precision:
+    """Owns loss scale, overflow, masters, clipping and the optimizer step.
+
+    Everything about a step stays on the device; only `read()` waits for it. A step with a
+    non-finite loss or gradient changes nothing but the loss scale. Where nothing is scaled it is a
+    failure, and no later step changes anything either.
+    """
+
+    def __init__(self, model, level, half_dtype, loss_scale=0.0):
+        self.model, self.level = model, level
+        self.device = next(model.parameters()).device
+        self.half = half_dtype
+        self.input_dtype = half_dtype if level in ("O2", "O3") else torch.float32
+        if level in ("O2", "O3"):
+            self._cast_weights(keep_batchnorm=level == "O2")
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [
+            nn.Parameter(w.detach().float()) if level == "O2" and w.dtype != torch.float32 else w
+            for w in self.weights
+        ]
+        # `scaled`: whether a non-finite gradient is part of the method; else it is a failure.
+        self.scaled = level in ("O1", "O2") and (half_dtype == torch.float16 or loss_scale > 0)
+        self.dynamic = self.scaled and loss_scale == 0
+        scale = INITIAL_SCALE if self.dynamic else loss_scale if self.scaled else 1.0
+
+        def one(value, dtype):
+            return torch.tensor([value], dtype=dtype, device=self.device)
+
+        self.state = {
+            "scale": one(scale, torch.float32),
+            "clean": one(0, torch.int64),  # steps since the scale last changed
+            "updates": one(0, torch.int64),
+            "healthy": one(True, torch.bool),
+        }
+        self.loss = one(0, torch.float32)
+        self.records = []
+        self.batchnorm_buffers = [
+            buffer for module in self._batchnorms() for buffer in module.buffers()
+        ]
+
+    def _batchnorms(self):
+        return (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def _cast_weights(self, keep_batchnorm):
+        kept = {p for m in self._batchnorms() for p in m.parameters()} if keep_batchnorm else ()
+        for p in self.model.parameters():
+            if p not in kept:
+                p.data = p.data.to(self.half)
+
+    def autocast(self):
+        """Context of the forward pass."""
+        if self.level != "O1":
+            return nullcontext()
+        return torch.autocast(self.device.type, self.half)
+
+    def start_step(self):
+        """Call before the first forward pass of a step."""
+        self.loss.zero_()
+        if self.scaled:  # a step that will be skipped must not move BatchNorm's statistics
+            self.saved_buffers = [buffer.clone() for buffer in self.batchnorm_buffers]
+
+    def backward(self, loss, accumulation=1):
+        """Add the gradients of loss / accumulation, scaled."""
+        loss = loss / accumulation
+        self.loss += loss.detach()
+        (loss * self.state["scale"] if self.scaled else loss).sum().backward()
+
+    @torch.no_grad()
+    def step(self, optimizer, lr_table, max_grad_norm):
+        """Unscale, clip, update the weights, clear the gradients; or skip, if not all is finite.
+
+        lr_table (num_steps + 1,) holds the learning rate of each update, on the device.
+        """
+        state, scale = self.state, self.state["scale"].clone()
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                master.grad, weight.grad = weight.grad.float(), None
+        grad_norm = nn.utils.get_total_norm([m.grad for m in self.masters]).float() / scale
+        nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, grad_norm[0])
+
+        finite = grad_norm.isfinite() & self.loss.isfinite()
+        if not self.scaled:
+            finite = state["healthy"].logical_and_(finite)
+        state["updates"] += finite
+        lr = lr_table.index_select(0, state["updates"].clamp(max=len(lr_table) - 1))
+        optimizer.param_groups[0]["lr"].copy_(lr[0])
+        # PyTorch's fused optimizers unscale and skip by themselves, as its GradScaler has them do.
+        optimizer.grad_scale = scale if self.scaled else None
+        optimizer.found_inf = 1 - finite.float()
+        optimizer.step()
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.copy_(master)
+            master.grad = None
+
+        if self.scaled:
+            for buffer, saved in zip(self.batchnorm_buffers, self.saved_buffers):
+                buffer.copy_(torch.where(finite, buffer, saved))
+        if self.dynamic:
+            state["clean"].add_(1).mul_(finite)
+            grow = state["clean"] == CLEAN_STEPS
+            state["scale"].mul_(torch.where(grow, 2.0, torch.where(finite, 1.0, 0.5)))
+            state["scale"].clamp_(max=MAX_SCALE)
+            state["clean"].mul_(~grow)
+        numbers = (state["updates"], finite, self.loss, grad_norm, scale, lr)
+        self.records.append(torch.cat([number.float() for number in numbers]))
+
+    def read(self):
+        """Wait for the device: a StepRecord of each step since the last call."""
+        rows, self.records = torch.stack(self.records).tolist(), []
+        return [StepRecord(int(updates), bool(finite), *rest) for updates, finite, *rest in rows]
+
+    @contextmanager
+    def _masters_in_model(self):
+        """The model's state dict reads and loads fp32 masters within this context."""
+        halves = [w.data for w in self.weights]
+        for weight, master in zip(self.weights, self.masters):
+            weight.data = master.data
+        try:
+            yield
+        finally:
+            for weight, half, master in zip(self.weights, halves, self.masters):
+                if master is not weight:
+                    weight.data = half.copy_(master.data)
+
+    def model_state_dict(self):
+        """The model's state dict in fp32, whatever the level."""
+        with self._masters_in_model():
+            state = self.model.state_dict()
+        return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+    def load_model_state_dict(self, state_dict):
+        with self._masters_in_model():
+            self.model.load_state_dict(state_dict)
+
+    def state_dict(self):
+        return {name: value.cpu() for name, value in self.state.items()}
+
+    def load_state_dict(self, state):
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+
+class ApexPrecision(Precision):
+    """The same levels by an installed apex that still has `apex.amp`."""
+
+    def __init__(self, model, level, half_dtype, loss_scale=0.0):
+        super().__init__(model, "O0", half_dtype)
+        raise NotImplementedError

@@ -1,0 +1,28 @@
+"""Learning-rate schedules: the factor on the peak learning rate at update u = 1..total."""
+
+import math
+
+import torch
+
+
+def warmup_cosine(u, warmup, total):
+    """u/warmup below `warmup`, then 0.5 (1 + cos(pi (u - warmup)/(total - warmup))), 0 at `total`."""
+    if u < warmup:
+        return u / warmup
+    return 0.5 * (1 + math.cos(math.pi * (u - warmup) / max(1, total - warmup)))
+
+
+def warmup_linear(u, warmup, total):
+    """u/warmup below `warmup`, then linearly down to 0 at `total`."""
+    if u < warmup:
+        return u / warmup
+    return (total - u) / max(1, total - warmup)
+
+
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
+
+
+def lr_table(decay_type, peak, warmup, total):
+    """Learning rates of updates 0..total as fp32 (total + 1,), to be looked up on the device."""
+    factor = SCHEDULES[decay_type]
+    return torch.tensor([peak * factor(u, warmup, total) for u in range(total + 1)])
