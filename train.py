@@ -92,7 +92,7 @@ def train(args, files, device):
         optimizer.load_state_dict(saved["optimizer"])
         run = saved["run"]
         optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
-    log = RunLogger(files.log, files.tensorboard, is_main, run["evaluated"] if saved else None)
+    log = RunLogger(files.log, files.tensorboard, is_main, run["step"] if saved else None)
     log_head(log, args, model, device, run["step"] if saved else None)
     for line in loaded:
         log.info(line)

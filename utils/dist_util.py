@@ -1,10 +1,22 @@
 """Processes: who am I, how many are we, sums over all of us. One process needs no set-up."""
 
+import ctypes
 import os
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed_memory():
+    """Have the C library keep what PyTorch frees: a step then finds its pages mapped (glibc only)."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def launched():
@@ -14,6 +26,7 @@ def launched():
 
 def init(args):
     """Join the process group, if there is one; returns this process's device."""
+    keep_freed_memory()
     if not launched():
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_id
     local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
