@@ -5,12 +5,9 @@ torchrun --nproc_per_node 4 train.py --name demo --norm_type LN
 """
 
 import os
-import platform
-import signal
-import subprocess
 import sys
 import time
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +18,25 @@ from tqdm import tqdm
 from models.modeling import CONFIGS, VisionTransformer
 from models.norms import calibrating
 from models.pretrained import PretrainedError, download, load_pretrained
+from plot_acc_loss import plot_log
+from plot_attn import plot_attention
 from utils import dist_util
 from utils.args import RunFiles, UsageError, parse_args, result_flags
-from utils.checkpoint import CheckpointError, load_checkpoint, lock, save_checkpoint
-from utils.data_utils import (
-    DataError,
-    Resizer,
-    TestBatches,
-    TrainBatches,
-    load_dataset,
-    to_rows,
+from utils.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    lock,
+    save_run,
+    save_weights,
 )
+from utils.data_utils import DataError, Resizer, TestBatches, TrainBatches, load_dataset, resize
 from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_logger import RunLogger, read_log
 from utils.scheduler import lr_table
+from utils.stop_signal import StopSignal
 
 MAX_SKIPPED = 50  # skipped steps in a row that end a run
-EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
 def main():
@@ -45,35 +44,44 @@ def main():
     try:
         files = RunFiles(args)
         files.check_writable()
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+            torch.use_deterministic_algorithms(True)
         device = dist_util.init(args)
-        torch.use_deterministic_algorithms(args.deterministic)
         if args.eval:
-            evaluate_checkpoint(args, files, device)
+            evaluate_run(args, files, device)
             return 0
-        with lock(files.lock, active=dist_util.rank() == 0):
+        with lock(files.lock, active=dist_util.is_main()):
             return train(args, files, device)
     except (UsageError, DataError, PretrainedError, CheckpointError) as error:
         sys.stderr.write(f"train.py: error: {error}\n")
-        return 2
+    except OSError as error:
+        sys.stderr.write(f"train.py: error: {error.filename or 'file'}: {error.strerror}\n")
     finally:
         dist_util.shutdown()
+    return 2
 
 
 def train(args, files, device):
     """One run, from its start or its newest checkpoint to its end; returns the exit status."""
-    saved = find_checkpoint(args, files)
-    if saved == "finished":
+    if args.resume == "auto" and is_finished(files.log):
         print(f"{files.log} is finished: nothing to do")
         return 0
-    is_main = dist_util.rank() == 0
     stop = StopSignal()
+    saved, notes = find_checkpoint(args, files)
 
     # The experiment: data, model, optimizer, schedule
-    dataset = load_dataset(args.dataset, args.data_dir)
-    model, loaded = make_model(args, len(dataset.classes), fresh=saved is None)
+    with dist_util.main_first():
+        dataset = load_dataset(args.dataset, args.data_dir)
+    model = make_model(args, len(dataset.classes))
+    if args.pretrained_dir and not saved:
+        with dist_util.main_first():
+            auto = args.pretrained_dir == "auto"
+            weights_file = download(args.model_type) if auto else args.pretrained_dir
+        notes += load_pretrained(model, weights_file)
     model.to(device)
     precision = make_precision(args, model, device)
-    optimizer = make_optimizer(args, precision)
+    precision.attach(make_optimizer(args, precision))
     learning_rates = lr_table(
         args.decay_type, args.learning_rate, args.warmup_steps, args.num_steps
     ).to(device)
@@ -83,35 +91,33 @@ def train(args, files, device):
     batches = TrainBatches(dataset, batch_size, resizer, args.seed, device, *share)
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *share)
 
-    # Where it stands: `step` counts updates, `window` also those that were skipped
-    run = {"step": 0, "window": 0, "evaluated": 0, "skipped_in_a_row": 0}
-    run |= {"accuracy": 0.0, "best_accuracy": 0.0, "seconds": 0.0}
+    # Where it stands: `step` counts updates, `window` also the steps that were skipped
+    run = {"step": 0, "window": 0, "skipped_in_a_row": 0, "seconds": 0.0}
+    run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     if saved:
-        precision.load_model_state_dict(saved["model"])
-        precision.load_state_dict(saved["precision"])
-        optimizer.load_state_dict(saved["optimizer"])
-        run = saved["run"]
-        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
-    log = RunLogger(files.log, files.tensorboard, is_main, run["step"] if saved else None)
-    log_head(log, args, model, device, run["step"] if saved else None)
-    for line in loaded:
-        log.info(line)
+        run = restore(saved, precision, device)
+    began = time.monotonic() - run["seconds"]
+    log = RunLogger(
+        files.log, files.tensorboard, dist_util.is_main(), run["step"] if saved else None
+    )
+    if saved:
+        log.info(f"Resumed from step {run['step']}")
+    else:
+        log.log_head(args, CONFIGS[args.model_type], model, device, dist_util.world_size())
+    for note in notes:
+        log.info(note)
 
-    started = time.monotonic() - run["seconds"]
     parallel = dist_util.wrap(model)
     compiled = torch.compile(parallel) if args.compile else parallel
     eval_model = torch.compile(model) if args.compile else model
     last_step = min(args.num_steps, args.stop_after or args.num_steps)
-    bar = tqdm(
-        total=args.num_steps,
-        initial=run["step"],
-        unit="step",
-        disable=not is_main or not sys.stderr.isatty(),
-    )
+    quiet = not (dist_util.is_main() and sys.stderr.isatty())
+    bar = tqdm(total=args.num_steps, initial=run["step"], unit="step", disable=quiet)
 
     while True:  # do what is due at this step, then train up to the next step with something due
         step = run["step"]
-        if run["evaluated"] < step and (step % args.eval_every == 0 or step == args.num_steps):
+        evaluation_due = step % args.eval_every == 0 or step == args.num_steps
+        if evaluation_due and step > run["evaluated"]:
             log.info("***** Running Validation *****")
             log.info(f"  Num steps = {len(test_batches)}")
             log.info(f"  Batch size = {args.eval_batch_size}")
@@ -123,22 +129,23 @@ def train(args, files, device):
                 log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
                 if run["accuracy"] > run["best_accuracy"]:
                     run["best_accuracy"] = run["accuracy"]
-                    save_weights(files.best, precision, run, args)
+                    if dist_util.is_main():
+                        save_weights(files.best, precision, run, args)
                     log.info(f"Saved model checkpoint to [DIR: {args.output_dir}]")
-        if stop.agreed() or step == last_step or (step and step % args.save_every == 0):
-            run["seconds"] = time.monotonic() - started
-            save_run(files, precision, optimizer, run, args)
-        if stop.agreed() or step == last_step:
+
+        stopping = stop.agreed()
+        run["seconds"] = time.monotonic() - began
+        if stopping or step >= last_step or (step > 0 and step % args.save_every == 0):
+            if dist_util.is_main():
+                save_run(files, precision, run, args)
+        if stopping or step >= last_step:
             break
 
-        due = min(
-            last_step,
-            *(step - step % n + n for n in (args.eval_every, args.save_every, args.log_every)),
-        )
-        began = time.monotonic()
+        periods = (args.eval_every, args.save_every, args.log_every)
+        due = min(last_step, *(step - step % period + period for period in periods))
+        started = time.monotonic()
         model.train()
         for _ in range(due - step):
-            # All randomness of a step comes from the seed and the step's place in the data.
             seed_step(args.seed, run["window"])
             precision.start_step()
             for part in range(args.gradient_accumulation_steps):
@@ -146,36 +153,36 @@ def train(args, files, device):
                 with precision.autocast():
                     loss = (parallel if calibrating(model) else compiled)(images, labels)
                 precision.backward(loss, args.gradient_accumulation_steps)
-            precision.step(optimizer, learning_rates, args.max_grad_norm)
+            precision.step(learning_rates, args.max_grad_norm)
             run["window"] += 1
-            if stop.received and dist_util.world_size() == 1:
+            if stop.now:
                 break
 
-        records = precision.read()
+        records = precision.read()  # the only place where training waits for the device
         images_per_s = len(records) * args.train_batch_size * dist_util.world_size()
-        images_per_s /= time.monotonic() - began
-        check_finite(records, precision, run, batches, args, files, log)
-        log_steps(log, records, images_per_s)
+        images_per_s /= time.monotonic() - started
+        check_finite(records, run, precision, batches, args.gradient_accumulation_steps, files, log)
+        log.log_steps(records, images_per_s)
         run["step"] = records[-1].updates
         bar.update(run["step"] - step)
         bar.set_postfix_str(f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s")
 
     bar.close()
-    if stop.agreed():
-        log.info(f"Stopped at step {step} by {stop.name}; --resume continues")
-    elif step < args.num_steps:
-        log.info(f"Stopped after step {step} of {args.num_steps}; --resume continues")
-    else:
-        save_weights(files.final, precision, run, args)
-        log.hparams(result_flags(args), {"best_accuracy": run["best_accuracy"]})
+    if step == args.num_steps and not stopping:
+        if dist_util.is_main():
+            save_weights(files.final, precision, run, args)
+        log.hparams(result_flags(args), {"hparams/best_accuracy": run["best_accuracy"]})
         log.log_end(run["best_accuracy"], run["seconds"] / 60)
+    else:
+        reason = f" by {stop.received.name}" if stop.received else ""
+        log.info(f"Stopped{reason} after step {step} of {args.num_steps}; --resume continues")
     log.close()
     return stop.exit_status
 
 
 @torch.inference_mode()
 def evaluate(model, test_batches, precision, stop=None):
-    """Mean cross entropy and accuracy in [0, 1] over all test images; None if a signal stopped it."""
+    """Mean cross entropy and accuracy in [0, 1] over all test images; None if to stop at once."""
     model.eval()
     sums = []
     for images, labels in test_batches:
@@ -183,56 +190,48 @@ def evaluate(model, test_batches, precision, stop=None):
             logits, _ = model(images)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(dim=1) == labels).sum()
-        sums.append(torch.stack([loss, correct.float(), loss.new_tensor(len(labels))]))
-        if stop and stop.received and dist_util.world_size() == 1:
+        sums.append(torch.stack([loss, correct, torch.full_like(correct, len(labels))]))
+        if stop and stop.now:
             return None
     loss, correct, count = dist_util.sum_over_processes(torch.stack(sums).cpu().double().sum(0))
     return (loss / count).item(), (correct / count).item()
 
 
-def evaluate_checkpoint(args, files, device):
+def evaluate_run(args, files, device):
     """Evaluate the run's best weights and draw its figures."""
-    from plot_acc_loss import plot_log
-    from plot_attn import plot_attention
-
-    saved = load_checkpoint(files.best)
+    saved = load_checkpoint(files.best, digest_required=True)
     dataset = load_dataset(args.dataset, args.data_dir)
-    model, _ = make_model(args, len(dataset.classes), fresh=False)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        raise CheckpointError(f"{files.best} holds another model than the flags name") from None
+    model = make_model(args, len(dataset.classes), vis=True)
+    model.load_state_dict(saved["model"])
+    image = resize(dataset.test_images[:1], args.img_size)
+    title = dataset.classes[dataset.test_labels[0]]
+    figures = plot_attention(model, image, args.norm_type, title=title)
+    with suppress(ValueError, OSError):  # no log beside the checkpoint, or one without evaluations
+        figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
+
+    model = make_model(args, len(dataset.classes))
+    model.load_state_dict(saved["model"])
     model.to(device)
     precision = make_precision(args, model, device)
     resizer = Resizer(args.img_size, device, precision.input_dtype)
-    loss, accuracy = evaluate(
-        model, TestBatches(dataset, args.eval_batch_size, resizer, device), precision
-    )
+    test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device)
+    loss, accuracy = evaluate(model, test_batches, precision)
     print(f"Valid Loss: {loss:.5f}\nValid Accuracy: {accuracy:.5f}")
-    plot_log(files.log, Path("img/plot_acc_loss"))
-    attending, _ = make_model(args, len(dataset.classes), fresh=False, vis=True)
-    attending.load_state_dict(saved["model"])
-    image = Resizer(args.img_size)(to_rows(dataset.test_images[:1]))
-    plot_attention(attending, image, args.norm_type, (0, 3, 6, 9), Path("img/plot_attn"))
+    print("Figures:", *figures)
 
 
-def make_model(args, num_classes, fresh, vis=False):
-    """The model as the flags want it, and the log lines of what was loaded into a fresh one."""
+def is_finished(log_file):
+    try:
+        return read_log(log_file).finished
+    except (OSError, ValueError):  # no log yet, or not even its head was written
+        return False
+
+
+def make_model(args, num_classes, vis=False):
     torch.manual_seed(args.seed)
-    model = VisionTransformer(
-        CONFIGS[args.model_type],
-        args.img_size,
-        args.norm_type,
-        num_classes=num_classes,
-        zero_head=bool(args.pretrained_dir),
-        vis=vis,
+    return VisionTransformer(
+        CONFIGS[args.model_type], args.img_size, args.norm_type, num_classes=num_classes, vis=vis
     )
-    if not (fresh and args.pretrained_dir):
-        return model, []
-    source = args.pretrained_dir
-    if source == "auto":
-        source = download(args.model_type)
-    return model, load_pretrained(model, source)
 
 
 def make_precision(args, model, device):
@@ -245,189 +244,54 @@ def make_precision(args, model, device):
 
 
 def make_optimizer(args, precision):
-    device = precision.device
     optimizer = torch.optim.SGD(
         precision.masters,
-        lr=torch.zeros((), device=device),  # on the device: the schedule is looked up there
+        lr=torch.zeros((), device=precision.device),  # looked up in the schedule's table there
         momentum=0.9,
         weight_decay=args.weight_decay,
         fused=True,
     )
-    for p in precision.masters:  # else a skipped first step would leave them uninitialized
+    for p in precision.masters:  # a skipped first step would leave them uninitialized
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
+def restore(saved, precision, device):
+    """Load a checkpoint's content into model, masters and optimizer; returns the run's state."""
+    try:
+        precision.load_model_state_dict(saved["model"])
+        precision.load_state_dict(saved["precision"])
+        precision.optimizer.load_state_dict(saved["optimizer"])
+        precision.optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
+        return dict(saved["run"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise CheckpointError("--resume: the checkpoint does not fit this program") from None
+
+
 def seed_step(seed, window):
-    """Seed dropout's generator for one step of this process."""
+    """All randomness of a step comes from the seed, its place in the data, and the process."""
     entropy = np.random.SeedSequence([seed, window, dist_util.rank()])
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def find_checkpoint(args, files):
-    """What to go on from: a checkpoint's content, None for the start, or "finished"."""
-    if not args.resume:
-        existing = [path for path in (*files.steps(), files.best, files.final) if path.exists()]
-        if existing and not args.overwrite:
-            raise UsageError(
-                f"this run exists ({existing[0]}): --resume continues it, --overwrite starts anew"
-            )
-        for path in existing:
-            path.unlink()
-        return None
-    if args.resume == "auto" and files.log.exists() and read_log(files.log).finished:
-        return "finished"
-    for path in files.steps() if args.resume == "auto" else [Path(args.resume)]:
-        try:
-            saved = load_checkpoint(path, digest_required=True)
-        except CheckpointError as error:
-            if args.resume != "auto":
-                raise
-            sys.stderr.write(f"train.py: warning: {error}; trying the one before\n")
-            continue
-        check_flags(args, saved, path)
-        return saved
-    return None
-
-
-def check_flags(args, saved, path):
-    """Raise UsageError if `path` does not continue a run of these flags."""
-    if "run" not in saved:
-        raise UsageError(f"--resume {path}: holds weights only, a run cannot continue from it")
-    ours, theirs = result_flags(args), saved["flags"]
-    differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
-    if "num_steps" in differing and ours["num_steps"] > theirs["num_steps"]:
-        # The schedule depends on num_steps after the warmup only.
-        if saved["run"]["step"] <= args.warmup_steps:
-            differing.remove("num_steps")
-    if differing:
-        texts = (f"--{k} {ours.get(k)} (there {theirs.get(k)})" for k in sorted(differing))
-        raise UsageError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
-
-
-def save_run(files, precision, optimizer, run, args):
-    """Save all that the run needs to continue; keep the newest two such checkpoints."""
-    if dist_util.rank() == 0:
-        content = {
-            "model": precision.model_state_dict(),
-            "precision": precision.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "run": run,
-            "flags": result_flags(args),
-        }
-        save_checkpoint(content, files.step(run["step"]))
-        for old in files.steps()[2:]:
-            old.unlink(missing_ok=True)
-    dist_util.barrier()
-
-
-def save_weights(path, precision, run, args):
-    """Save the weights alone, in fp32, with what they reached."""
-    if dist_util.rank() == 0:
-        content = {"model": precision.model_state_dict(), "flags": result_flags(args)}
-        save_checkpoint(content | {"step": run["step"], "accuracy": run["accuracy"]}, path)
-
-
-def check_finite(records, precision, run, batches, args, files, log):
-    """Log skipped steps; raise UsageError where the run cannot go on."""
-    first = run["window"] - len(records)
-    for window, record in enumerate(records, first):
+def check_finite(records, run, precision, batches, accumulation, files, log):
+    """Log the skipped steps among the last; raise UsageError if the run cannot go on."""
+    for window, record in enumerate(records, run["window"] - len(records)):
         run["skipped_in_a_row"] = 0 if record.finite else run["skipped_in_a_row"] + 1
         if record.finite:
             continue
-        log.info(
-            f"Skipped step {record.updates + 1}: loss {record.loss}, gradient norm"
-            f" {record.grad_norm}, loss scale {record.loss_scale:g}"
-        )
+        fault = f"loss {record.loss}, gradient norm {record.grad_norm} at step {record.updates + 1}"
+        log.info(f"Skipped: {fault}, loss scale {record.loss_scale:g}")
         if precision.scaled and run["skipped_in_a_row"] < MAX_SKIPPED:
             continue
-        accumulation = args.gradient_accumulation_steps
         parts = range(window * accumulation, (window + 1) * accumulation)
         indices = torch.cat([batches.indices(i) for i in parts]).tolist()
-        good = files.steps()
-        log.info(f"Training images of that step: {indices}")
+        log.info(f"Training images of the step: {indices}")
+        good = next(iter(files.steps()), "none")
         raise UsageError(
-            f"step {record.updates + 1} is not finite (loss {record.loss}, gradient norm"
-            f" {record.grad_norm}); its images' indices are in {files.log}; last good checkpoint:"
-            f" {good[0] if good else 'none'}"
+            f"not finite: {fault}; its images' indices are in {files.log}; last good checkpoint:"
+            f" {good}"
         )
-
-
-def log_head(log, args, model, device, resumed_step):
-    """What the log begins with, or goes on with: flags, versions, device, parameters, commit."""
-    if resumed_step is not None:
-        log.info(f"Resumed from step {resumed_step}")
-        return
-    log.warning(
-        f"Process rank: {args.local_rank}, device: {device}, n_gpu: {torch.cuda.device_count()},"
-        f" distributed training: {dist_util.world_size() > 1}, 16-bits training: {args.fp16}"
-    )
-    log.info(str(CONFIGS[args.model_type]))
-    log.info(f"Training parameters {args}")
-    parameters = sum(p.numel() for p in model.parameters())
-    log.info(f"Total Parameter: \t{parameters / 1e6:.1f}M")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy"))
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-    )
-    log.info(
-        f"Environment: Python {platform.python_version()}, {packages}, {platform.processor() or platform.machine()},"
-        f" {torch.get_num_threads()} threads, commit {git.stdout.strip() or 'unknown'}"
-    )
-    log.info("***** Running training *****")
-    log.info(f"  Total optimization steps = {args.num_steps}")
-    log.info(
-        f"  Instantaneous batch size per GPU = {args.train_batch_size // args.gradient_accumulation_steps}"
-    )
-    log.info(
-        "  Total train batch size (w. parallel, distributed & accumulation) ="
-        f" {args.train_batch_size * dist_util.world_size()}"
-    )
-    log.info(f"  Gradient Accumulation steps = {args.gradient_accumulation_steps}")
-    log.text("flags", str(args))
-
-
-def log_steps(log, records, images_per_s):
-    for record in records:
-        if record.finite:
-            log.scalars(
-                record.updates,
-                {
-                    "train/loss": record.loss,
-                    "train/lr": record.learning_rate,
-                    "train/grad_norm": record.grad_norm,
-                    "train/loss_scale": record.loss_scale,
-                },
-            )
-    log.scalars(records[-1].updates, {"train/images_per_s": images_per_s})
-
-
-class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 asks to stop after the step; a second one stops at once."""
-
-    def __init__(self):
-        self.received = None
-        for number in EXIT_STATUS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-
-    def agreed(self):
-        """Whether any process was asked to stop; all processes must call it."""
-        return dist_util.any_process(self.received is not None)
-
-    @property
-    def name(self):
-        return signal.Signals(self.received or signal.SIGTERM).name
-
-    @property
-    def exit_status(self):
-        return EXIT_STATUS[self.received] if self.received else 0
 
 
 if __name__ == "__main__":

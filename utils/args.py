@@ -52,9 +52,9 @@ def _number(kind, low, high=math.inf, low_allowed=True):
 
 
 def _name(text):
-    if not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,79}", text):
+    if not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,59}", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: 1 to 80 letters, digits and . _ + = @ - (no leading dot)"
+            f"{text!r} is not allowed: 1 to 60 letters, digits and . _ + = @ - (no leading dot)"
         )
     return text
 
@@ -232,8 +232,8 @@ def parse_args(argv=None):
             from apex import amp  # noqa: F401
         except ImportError:
             parser.error(
-                "argument --amp_backend: apex.amp cannot be imported; NVIDIA removed it from apex in"
-                " 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
+                "argument --amp_backend: apex.amp cannot be imported; NVIDIA removed it from apex"
+                " in 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
             )
     args.save_every = args.save_every or args.eval_every
     return args
@@ -308,6 +308,6 @@ def _non_default(args):
 def _suffix(flags):
     # A comma cannot be in --name: two runs never come to the same file name.
     text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in flags.items())
-    if len(text) <= 60:
+    if len(text) <= 90:
         return text
     return "," + hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,6 +1,7 @@
 """Checkpoints: written atomically with a digest, read verified and without executing anything."""
 
 import fcntl
+import glob
 import hashlib
 import os
 import pickle
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from utils.args import UsageError, result_flags
 
 # A checkpoint is a plain torch.save file, i.e. a zip archive. The archive's comment, its last
 # bytes, holds the SHA-256 of all before it.
@@ -118,6 +121,70 @@ def _verify(path, digest_required):
             raise CheckpointError(f"{path}: damaged, its SHA-256 does not fit")
 
 
+def find_checkpoint(args, files):
+    """What the run goes on from: a checkpoint's content or None, and lines for its log.
+
+    Raises UsageError where files of the run exist but it is not to be resumed, or where a
+    checkpoint's flags are not the run's; CheckpointError where --resume FILE cannot be read.
+    """
+    if not args.resume:
+        existing = [path for path in (*files.steps(), files.best, files.final) if path.exists()]
+        if existing and not args.overwrite:
+            raise UsageError(
+                f"this run exists ({existing[0]}): --resume continues it, --overwrite starts anew"
+            )
+        for path in existing:
+            path.unlink(missing_ok=True)
+        return None, []
+    notes = []
+    for path in files.steps() if args.resume == "auto" else [Path(args.resume)]:
+        try:
+            saved = load_checkpoint(path, digest_required=True)
+            _check_continues(args, saved, path)
+            return saved, notes
+        except CheckpointError as error:
+            if args.resume != "auto":
+                raise CheckpointError(f"--resume {error}") from None
+            notes.append(f"{error}; going on from the one before")
+    return None, notes
+
+
+def _check_continues(args, saved, path):
+    """Raise UsageError if `saved`, of `path`, does not continue a run of these flags."""
+    if "run" not in saved:
+        raise CheckpointError(f"{path}: holds weights only, a run cannot continue from it")
+    ours, theirs = result_flags(args), saved["flags"]
+    differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+    if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
+        differing -= {"num_steps"}  # during the warmup the schedule does not depend on it
+    if differing:
+        texts = (f"--{k} {ours.get(k)} (there {theirs.get(k)})" for k in sorted(differing))
+        raise UsageError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
+
+
+def save_run(files, precision, run, args):
+    """Save all that the run needs to continue; keep the newest two such checkpoints.
+
+    Randomness needs no saving: it is a function of the seed and the place in the data.
+    """
+    content = {
+        "model": precision.model_state_dict(),
+        "precision": precision.state_dict(),
+        "optimizer": precision.optimizer.state_dict(),
+        "run": run,
+        "flags": result_flags(args),
+    }
+    save_checkpoint(content, files.step(run["step"]))
+    for old in files.steps()[2:]:
+        old.unlink(missing_ok=True)
+
+
+def save_weights(path, precision, run, args):
+    """Save the weights alone, in fp32, with the flags and the test accuracy."""
+    content = {"model": precision.model_state_dict(), "flags": result_flags(args)}
+    save_checkpoint(content | {"step": run["step"], "accuracy": run["accuracy"]}, path)
+
+
 @contextmanager
 def lock(path, active=True):
     """Hold the run's lock file, or raise CheckpointError naming the process that holds it.
@@ -127,6 +194,7 @@ def lock(path, active=True):
     if not active:
         yield
         return
+    path = Path(path)
     while True:
         file = open(path, "a+")
         try:
@@ -144,7 +212,9 @@ def lock(path, active=True):
         file.truncate(0)
         file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
         file.flush()
+        for part in path.parent.glob(f"{glob.escape(path.stem)}_*.part"):
+            part.unlink(missing_ok=True)  # of a process that was killed while it wrote
         yield
     finally:
-        os.unlink(path)
+        path.unlink(missing_ok=True)
         file.close()

@@ -48,8 +48,8 @@ def load_dataset(name, data_dir="data"):
         for file, md5 in [*cifar.train_list, *cifar.test_list, meta]:
             if not check_integrity(folder / file, md5):
                 raise DataError(
-                    f"--data_dir {data_dir}: {folder / file} is missing or damaged (its MD5 should be"
-                    f" {md5}); delete {folder} and it is downloaded anew"
+                    f"--data_dir {data_dir}: {folder / file} is missing or damaged (its MD5 should"
+                    f" be {md5}); delete {folder} and it is downloaded anew"
                 )
         train, test = cifar(data_dir, train=True), cifar(data_dir, train=False)
     except URLError as error:

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def keep_freed_memory():
-    """Have the C library keep what PyTorch frees: a step then finds its pages mapped (glibc only)."""
+    """Have glibc keep what PyTorch frees, so that the next step finds its pages mapped."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -46,6 +46,10 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_main():
+    return rank() == 0
+
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -64,8 +68,13 @@ def any_process(flag):
     return bool(sum_over_processes(torch.tensor(int(flag))))
 
 
-def barrier():
-    if dist.is_initialized():
+@contextmanager
+def main_first():
+    """The main process goes through the block before the others, which find what it left."""
+    if dist.is_initialized() and not is_main():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_main():
         dist.barrier()
 
 

@@ -83,6 +83,10 @@ class Precision:
             if p not in kept:
                 p.data = p.data.to(self.half)
 
+    def attach(self, optimizer):
+        """Take the optimizer, made over `self.masters`, that `step` is to drive."""
+        self.optimizer = optimizer
+
     def autocast(self):
         """Context of the forward pass."""
         if self.level != "O1":
@@ -102,7 +106,7 @@ class Precision:
         (loss * self.state["scale"] if self.scaled else loss).sum().backward()
 
     @torch.no_grad()
-    def step(self, optimizer, lr_table, max_grad_norm):
+    def step(self, lr_table, max_grad_norm):
         """Unscale, clip, update the weights, clear the gradients; or skip, if not all is finite.
 
         lr_table (num_steps + 1,) holds the learning rate of each update, on the device.
@@ -113,17 +117,15 @@ class Precision:
                 master.grad, weight.grad = weight.grad.float(), None
         grad_norm = nn.utils.get_total_norm([m.grad for m in self.masters]).float() / scale
         nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, grad_norm[0])
-
         finite = grad_norm.isfinite() & self.loss.isfinite()
         if not self.scaled:
             finite = state["healthy"].logical_and_(finite)
-        state["updates"] += finite
-        lr = lr_table.index_select(0, state["updates"].clamp(max=len(lr_table) - 1))
-        optimizer.param_groups[0]["lr"].copy_(lr[0])
+        self._record(finite, grad_norm, scale, lr_table)
+
         # PyTorch's fused optimizers unscale and skip by themselves, as its GradScaler has them do.
-        optimizer.grad_scale = scale if self.scaled else None
-        optimizer.found_inf = 1 - finite.float()
-        optimizer.step()
+        self.optimizer.grad_scale = scale if self.scaled else None
+        self.optimizer.found_inf = 1 - finite.float()
+        self.optimizer.step()
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
                 weight.copy_(master)
@@ -138,7 +140,13 @@ class Precision:
             state["scale"].mul_(torch.where(grow, 2.0, torch.where(finite, 1.0, 0.5)))
             state["scale"].clamp_(max=MAX_SCALE)
             state["clean"].mul_(~grow)
-        numbers = (state["updates"], finite, self.loss, grad_norm, scale, lr)
+
+    def _record(self, finite, grad_norm, scale, lr_table):
+        """Count the update, if it is one; set its learning rate; note what `read` will tell."""
+        updates = self.state["updates"].add_(finite)
+        lr = lr_table.index_select(0, updates.clamp(max=len(lr_table) - 1))
+        self.optimizer.param_groups[0]["lr"].copy_(lr[0])
+        numbers = (updates, finite, self.loss, grad_norm, scale, lr)
         self.records.append(torch.cat([number.float() for number in numbers]))
 
     def read(self):
@@ -178,8 +186,50 @@ class Precision:
 
 
 class ApexPrecision(Precision):
-    """The same levels by an installed apex that still has `apex.amp`."""
+    """The same levels by an installed apex that still has `apex.amp`; CUDA only, never run here.
+
+    apex casts the model, keeps the masters inside the optimizer and skips steps by itself.
+    """
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
         super().__init__(model, "O0", half_dtype)
-        raise NotImplementedError
+        self.opt_level, self.static_scale = level, loss_scale or "dynamic"
+        self.scaled = level != "O0"  # a non-finite gradient is apex's to handle
+
+    def attach(self, optimizer):
+        from apex import amp
+
+        super().attach(optimizer)
+        self.amp = amp
+        amp.initialize(
+            self.model, optimizer, opt_level=self.opt_level, loss_scale=self.static_scale
+        )
+
+    def backward(self, loss, accumulation=1):
+        loss = loss / accumulation
+        self.loss += loss.detach()
+        with self.amp.scale_loss(loss, self.optimizer) as scaled_loss:
+            scaled_loss.backward()
+
+    def step(self, lr_table, max_grad_norm):
+        masters = list(self.amp.master_params(self.optimizer))
+        grad_norm = nn.utils.clip_grad_norm_(masters, max_grad_norm).float().view(1)
+        finite = grad_norm.isfinite() & self.loss.isfinite()
+        scalers = self.amp.state_dict()
+        scale = scalers["loss_scaler0"]["loss_scale"] if scalers else 1.0
+        self._record(finite, grad_norm, torch.full_like(grad_norm, scale), lr_table)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def load_model_state_dict(self, state_dict):
+        self.model.load_state_dict(state_dict)
+        with torch.no_grad():
+            for master, weight in zip(self.amp.master_params(self.optimizer), self.weights):
+                master.copy_(weight)
+
+    def state_dict(self):
+        return super().state_dict() | {"apex": self.amp.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.amp.load_state_dict(state["apex"])

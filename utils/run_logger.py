@@ -7,11 +7,14 @@ lines. One that starts with "Process rank" opens a run, and a log may hold sever
 import ast
 import itertools
 import os
+import platform
 import re
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,6 +60,41 @@ class RunLogger:
 
     def warning(self, message: str) -> None:
         self._write("WARNING", message)
+
+    def log_head(self, args, config, model, device, world_size) -> None:
+        """Logs what the run is: processes, model config, flags, parameters, versions, commit."""
+        self.warning(
+            f"Process rank: {args.local_rank}, device: {device}, n_gpu: {world_size}, distributed"
+            f" training: {world_size > 1}, 16-bits training: {args.fp16}"
+        )
+        self.info(str(config))
+        self.info(f"Training parameters {args}")
+        self.text("flags", str(args))
+        parameters = sum(p.numel() for p in model.parameters())
+        self.info(f"Total Parameter: \t{parameters / 1e6:.1f}M")
+        self.info(f"Environment: {_environment()}")
+        micro_batch = args.train_batch_size // args.gradient_accumulation_steps
+        self.info("***** Running training *****")
+        self.info(f"  Total optimization steps = {args.num_steps}")
+        self.info(f"  Instantaneous batch size per GPU = {micro_batch}")
+        self.info(
+            "  Total train batch size (w. parallel, distributed & accumulation) ="
+            f" {args.train_batch_size * world_size}"
+        )
+        self.info(f"  Gradient Accumulation steps = {args.gradient_accumulation_steps}")
+
+    def log_steps(self, records, images_per_s: float) -> None:
+        """Adds the StepRecords of training steps to TensorBoard; a skipped step has no point."""
+        for record in records:
+            if record.finite:
+                values = {
+                    "train/loss": record.loss,
+                    "train/lr": record.learning_rate,
+                    "train/grad_norm": record.grad_norm,
+                    "train/loss_scale": record.loss_scale,
+                }
+                self.scalars(record.updates, values)
+        self.scalars(records[-1].updates, {"train/images_per_s": images_per_s})
 
     def log_evaluation(self, step: int, loss: float, accuracy: float) -> None:
         """Logs one evaluation: optimizer steps so far, mean test loss, test accuracy in [0, 1]."""
@@ -209,6 +247,22 @@ def read_log(path) -> RunLog:
         best_accuracy=float(best_accuracy) if best_accuracy else max(accuracy, default=None),
         minutes=float(minutes) if minutes else None,
         finished=bool(find(r"^(End Training!)$")),
+    )
+
+
+def _environment() -> str:
+    """Versions of what results depend on, the processor and the git commit."""
+    import torch
+
+    packages = ("torch", "torchvision", "numpy")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = ""
+    with suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return (
+        f"Python {platform.python_version()}, {versions}, {platform.machine()},"
+        f" {torch.get_num_threads()} threads, commit {commit or 'unknown'}"
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 
 def warmup_cosine(u, warmup, total):
-    """u/warmup below `warmup`, then 0.5 (1 + cos(pi (u - warmup)/(total - warmup))), 0 at `total`."""
+    """u/warmup below `warmup`, then 0.5 (1 + cos(pi (u - warmup)/(total - warmup)))."""
     if u < warmup:
         return u / warmup
     return 0.5 * (1 + math.cos(math.pi * (u - warmup) / max(1, total - warmup)))

@@ -1,0 +1,36 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+
+from utils import dist_util
+
+# SIGUSR1 is SLURM's notice that time runs out: the job is queued again, which is no failure.
+EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
+
+
+class StopSignal:
+    """SIGTERM, SIGINT or SIGUSR1 asks to stop after the step; a second one stops at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in EXIT_STATUS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+
+    @property
+    def now(self):
+        """Whether to stop before the next step; several processes wait till they can agree."""
+        return self.received is not None and dist_util.world_size() == 1
+
+    def agreed(self):
+        """Whether any process was asked to stop; all processes must call it."""
+        return dist_util.any_process(self.received is not None)
+
+    @property
+    def exit_status(self):
+        return EXIT_STATUS[self.received] if self.received else 0
