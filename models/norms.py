@@ -62,19 +62,21 @@ class AddBias(nn.Module):
         self._bias = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("init_mean", torch.zeros(1, 1, dim))
-        self.calls = 0  # `count` on the host: reading the buffer would wait for the device
+        self._set_calls(0)
 
-    @property
-    def calibrating(self):
-        return self.calls < self.CALIBRATION_CALLS
+    def _set_calls(self, calls):
+        """`count` on the host: to read the buffer itself would be to wait for the device."""
+        self.calls, self.calibrating = calls, calls < self.CALIBRATION_CALLS
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _calibrate(self, x):
         mean = x.mean(dim=(0, 1), keepdim=True, dtype=torch.float32)
-        self.calls += 1
+        self._set_calls(self.calls + 1)
         self.init_mean += (mean - self.init_mean) / self.calls
         self.count += 1
+
+    # What torch.compiler.disable sets; that itself would add seconds of imports to every start.
+    _calibrate._torchdynamo_disable = True
 
     def forward(self, x):
         # Reference: its buffers move during evaluation too; ours in training only.
@@ -87,7 +89,7 @@ class AddBias(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.calls = int(self.count)
+        self._set_calls(int(self.count))
 
 
 class PreNorm:

@@ -125,7 +125,7 @@ class Resizer:
         weights = 1 - (pixel + 0.5 - center).abs() / step.clamp(min=1)
         weights = weights.clamp(min=0) * ((pixel >= start) & (pixel < start + length))
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        self.weights = weights.to(device, dtype)  # (528, size, 32)
+        self.weights = weights.to(dtype).to(device)  # (528, size, 32)
 
     def __call__(self, images, boxes=None):
         """images (B, 32, 3, 32) uint8, boxes (B, 4) as `sample_boxes` or None for the whole image.

@@ -93,7 +93,7 @@ class RunLogger:
                     "train/grad_norm": record.grad_norm,
                     "train/loss_scale": record.loss_scale,
                 }
-                self.scalars(record.updates, values)
+                self._add_scalars(record.updates, values)
         self.scalars(records[-1].updates, {"train/images_per_s": images_per_s})
 
     def log_evaluation(self, step: int, loss: float, accuracy: float) -> None:
@@ -111,6 +111,10 @@ class RunLogger:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds one point to each TensorBoard curve named in `values`."""
+        self._add_scalars(step, values)
+        self.flush()  # a checkpoint may follow: a run killed after it must not lack these points
+
+    def _add_scalars(self, step, values):
         for tag, value in values.items():
             self._record(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
 

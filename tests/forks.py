@@ -1,0 +1,171 @@
+"""Runs train.py in forks of one process that has imported it: start-up is paid once, not per run.
+
+A run may be given `setup`, Python code executed in its process first: it says where to kill itself,
+or which fault to have. It sees what `serve` imports, `at` and `shrink`.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from programs import ROOT, environment
+
+TIMED_OUT = "timed out"
+
+
+@dataclass
+class Done:
+    """How a run ended: its status (-9: killed by signal 9), what it printed on stdout and stderr"""
+
+    returncode: int
+    output: str
+
+
+class Forks:
+    """The client's side. `preload` is code that is executed once, before all forks."""
+
+    def __init__(self, preload=""):
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment({"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+        )
+        assert self._ask(preload) == "ready"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.stdin.close()
+        self.server.wait(60)
+
+    def _ask(self, question):
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def run(self, args, cwd, setup="", check=True, timeout=300, program="train"):
+        """Runs `program`.main() with `args` in the folder `cwd`; `check`: it must exit with 0."""
+        output = Path(cwd) / "printed.txt"
+        question = [[str(arg) for arg in args], str(cwd), str(output), setup, timeout, program]
+        status = self._ask(question)
+        text = output.read_bytes().decode(errors="replace")
+        assert status != TIMED_OUT, f"still running after {timeout} s: {args}\n{text}"
+        assert not check or status == 0, f"exit status {status}\n{text}"
+        return Done(status, text)
+
+
+def at(owner, name, n=1, signals=(signal.SIGKILL,), after=False, where=lambda *args: True):
+    """Sends this process `signals` at the n-th call of owner.name, before it or after.
+
+    `where` says of a call's arguments whether it counts.
+    """
+    function, calls = getattr(owner, name), 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += where(*args)
+        now = where(*args) and calls == n
+        if now and not after:
+            send(signals)
+        result = function(*args, **kwargs)
+        if now and after:
+            send(signals)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def send(signals):
+    for number in signals:
+        os.kill(os.getpid(), number)
+
+
+def shrink(layers=2):
+    """Makes all models ones of so few blocks."""
+    from models.configs import CONFIGS
+
+    for config in CONFIGS.values():
+        config.transformer.num_layers = layers
+
+
+def limit(kind, size):
+    """Sets a resource limit, such as RLIMIT_FSIZE, in bytes."""
+    resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (size, size))
+
+
+def serve():
+    """The server's side: one JSON line in for each run, one out."""
+    sys.path.insert(0, str(ROOT))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    import numpy as np
+    import torch
+    from sklearn.datasets import load_digits  # noqa: F401
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    import plot_attn
+    import train
+    from utils import checkpoint, data_utils, precision, run_logger
+
+    names = {"np": np, "torch": torch, "train": train, "plot_attn": plot_attn}
+    names |= {"checkpoint": checkpoint, "data_utils": data_utils, "precision": precision}
+    names |= {"run_logger": run_logger, "os": os, "signal": signal, "time": time}
+    names |= {"at": at, "send": send, "shrink": shrink, "limit": limit}
+    exec(json.loads(sys.stdin.readline()), names)
+    print('"ready"', file=answers, flush=True)
+    for line in sys.stdin:
+        args, cwd, output, setup, timeout, program = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os._exit(run_child(args, cwd, output, setup, names[program], names))
+        print(json.dumps(wait(child, timeout)), file=answers, flush=True)
+
+
+def run_child(args, cwd, output, setup, program, names):
+    os.chdir(cwd)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), errors="backslashreplace", write_through=True)
+    sys.argv = [f"{program.__name__}.py", *args]
+    try:
+        exec(setup, names)
+        return program.main()
+    except SystemExit as end:  # argparse's way out
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # what would end in a traceback must do so here too
+        traceback.print_exc()
+        return 1
+
+
+def wait(child, timeout):
+    """The exit status of `child`; it is killed if it takes longer than `timeout` seconds."""
+    deadline, pause = time.monotonic() + timeout, 0.001
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return TIMED_OUT
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+if __name__ == "__main__":
+    serve()
