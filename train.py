@@ -18,8 +18,6 @@ from tqdm import tqdm
 from models.modeling import CONFIGS, VisionTransformer
 from models.norms import calibrating
 from models.pretrained import PretrainedError, download, load_pretrained
-from plot_acc_loss import plot_log
-from plot_attn import plot_attention
 from utils import dist_util
 from utils.args import RunFiles, UsageError, parse_args, result_flags
 from utils.checkpoint import (
@@ -199,6 +197,9 @@ def evaluate(model, test_batches, precision, stop=None):
 
 def evaluate_run(args, files, device):
     """Evaluate the run's best weights and draw its figures."""
+    from plot_acc_loss import plot_log  # matplotlib takes a second that training need not wait for
+    from plot_attn import plot_attention
+
     saved = load_checkpoint(files.best, digest_required=True)
     dataset = load_dataset(args.dataset, args.data_dir)
     model = make_model(args, len(dataset.classes), vis=True)

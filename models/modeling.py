@@ -37,7 +37,7 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and self.p < 1 and not torch.compiler.is_compiling():
             return _FastDropout.apply(x, round(self.p * 32768))
         return F.dropout(x, self.p)
 

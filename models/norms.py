@@ -71,6 +71,7 @@ class AddBias(nn.Module):
     @torch.no_grad()
     def _calibrate(self, x):
         mean = x.mean(dim=(0, 1), keepdim=True, dtype=torch.float32)
+        mean = torch.where(mean.isfinite(), mean, self.init_mean)  # an overflow must not stay
         self._set_calls(self.calls + 1)
         self.init_mean += (mean - self.init_mean) / self.calls
         self.count += 1

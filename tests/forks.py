@@ -1,13 +1,14 @@
 """Runs train.py in forks of one process that has imported it: start-up is paid once, not per run.
 
 A run may be given `setup`, Python code executed in its process first: it says where to kill itself,
-or which fault to have. It sees what `serve` imports, `at` and `shrink`.
+or which fault to have. It sees what `serve` imports and this file's `at`, `die`, `stop`, ...
 """
 
 import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,8 +66,17 @@ class Forks:
         return Done(status, text)
 
 
-def at(owner, name, n=1, signals=(signal.SIGKILL,), after=False, where=lambda *args: True):
-    """Sends this process `signals` at the n-th call of owner.name, before it or after.
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(*signals):
+    """What sends this process `signals`, one after the other."""
+    return lambda: [os.kill(os.getpid(), number) for number in signals]
+
+
+def at(owner, name, n=1, do=die, after=False, where=lambda *args: True):
+    """Calls do() at the n-th call of owner.name, before it or after.
 
     `where` says of a call's arguments whether it counts.
     """
@@ -74,21 +84,17 @@ def at(owner, name, n=1, signals=(signal.SIGKILL,), after=False, where=lambda *a
 
     def wrapped(*args, **kwargs):
         nonlocal calls
-        calls += where(*args)
-        now = where(*args) and calls == n
+        counts = where(*args)
+        calls += counts
+        now = counts and calls == n
         if now and not after:
-            send(signals)
+            do()
         result = function(*args, **kwargs)
         if now and after:
-            send(signals)
+            do()
         return result
 
     setattr(owner, name, wrapped)
-
-
-def send(signals):
-    for number in signals:
-        os.kill(os.getpid(), number)
 
 
 def shrink(layers=2):
@@ -112,6 +118,7 @@ def serve():
 
     import numpy as np
     import torch
+    import torchvision.datasets  # noqa: F401
     from sklearn.datasets import load_digits  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
@@ -121,8 +128,8 @@ def serve():
 
     names = {"np": np, "torch": torch, "train": train, "plot_attn": plot_attn}
     names |= {"checkpoint": checkpoint, "data_utils": data_utils, "precision": precision}
-    names |= {"run_logger": run_logger, "os": os, "signal": signal, "time": time}
-    names |= {"at": at, "send": send, "shrink": shrink, "limit": limit}
+    names |= {"run_logger": run_logger, "os": os, "shutil": shutil, "signal": signal, "time": time}
+    names |= {"at": at, "die": die, "stop": stop, "shrink": shrink, "limit": limit}
     exec(json.loads(sys.stdin.readline()), names)
     print('"ready"', file=answers, flush=True)
     for line in sys.stdin:

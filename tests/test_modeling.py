@@ -32,9 +32,7 @@ def random_state(model, count=8):
     for name, tensor in model.state_dict().items():
         value = torch.randn(tensor.shape, generator=generator)
         value *= 0.5 * tensor[0].numel() ** -0.5 if name.endswith("weight") else 0.3
-        if name.endswith(("running_var", "_scale")) or (
-            "norm" in name and name.endswith("weight")
-        ):
+        if name.endswith(("running_var", "_scale")) or ("norm" in name and name.endswith("weight")):
             value = 1 + 0.1 * value
         elif name.endswith(("count", "num_batches_tracked")):
             value = torch.tensor(count)

@@ -155,7 +155,7 @@ def test_run_learns_and_leaves_its_files(finished):
     folder, done, _ = finished
     log = read_log(next(folder.glob("output/digits_ViT-Ti_16_norm_Rescale_fp_True_img_16*.txt")))
     assert log.steps == [60, 120, 150] and log.finished
-    assert log.accuracy[-1] > 0.6 and log.loss[-1] < 1.2  # chance is 0.1 and 2.3
+    assert log.accuracy[-1] > 0.6 and log.loss[-1] < 1.5  # chance is 0.1 and 2.3
     assert log.total_parameters == "5.5M"
     assert log.flags["num_steps"] == 150 and log.flags["fp16"] is True
     text = log.path.read_text()

@@ -206,7 +206,13 @@ def build_parser():
 
     add = parser.add_argument_group("processes").add_argument
     add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
-    add("--local_rank", "--local-rank", default=-1, type=int, help="from old launchers; torchrun's wins")
+    add(
+        "--local_rank",
+        "--local-rank",
+        default=-1,
+        type=int,
+        help="from old launchers; torchrun's wins",
+    )
     return parser
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,9 +29,14 @@ class _HashingFile:
 
     def __init__(self, file):
         self.file, self.sha, self.last = file, hashlib.sha256(), b""
+        self.error = None  # torch.save hides it behind one of its own
 
     def write(self, data):
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         held = self.last + bytes(memoryview(data)[-2:])
         if len(data) >= 2:
             self.sha.update(self.last)
@@ -52,8 +57,9 @@ def save_checkpoint(content, path):
     as it was.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, hashing = path.with_name(path.name + ".part"), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may be deleted while the run goes on
         with open(part, "wb") as file:
             hashing = _HashingFile(file)
             torch.save(content, hashing)
@@ -69,9 +75,12 @@ def save_checkpoint(content, path):
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            part.unlink()
+        error = (hashing and hashing.error) or error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"cannot write {path}: {reason}") from None
 
 
 def load_checkpoint(path, digest_required=False):
@@ -145,7 +154,7 @@ def find_checkpoint(args, files):
         except CheckpointError as error:
             if args.resume != "auto":
                 raise CheckpointError(f"--resume {error}") from None
-            notes.append(f"{error}; going on from the one before")
+            notes.append(f"{error}; passed over")
     return None, notes
 
 
@@ -153,17 +162,39 @@ def _check_continues(args, saved, path):
     """Raise UsageError if `saved`, of `path`, does not continue a run of these flags."""
     if "run" not in saved:
         raise CheckpointError(f"{path}: holds weights only, a run cannot continue from it")
-    ours, theirs = result_flags(args), saved["flags"]
+    run, ours, theirs = saved["run"], result_flags(args), saved.get("flags")
+    if not (_is_run_state(run) and _are_flags(theirs)):
+        raise CheckpointError(f"{path}: no checkpoint of this program")
     differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
-    if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
+    if ours["num_steps"] > theirs["num_steps"] and run["step"] <= args.warmup_steps:
         differing -= {"num_steps"}  # during the warmup the schedule does not depend on it
     if differing:
-        texts = (f"--{k} {ours.get(k)} (there {theirs.get(k)})" for k in sorted(differing))
+        texts = (f"--{k} {ours.get(k)} (there {theirs.get(k)!r})" for k in sorted(differing))
         raise UsageError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
 
 
+def _is_run_state(run):
+    """Whether `run` is what train.py keeps of where it stands."""
+    counts = ("step", "window", "skipped_in_a_row", "evaluated")
+    return (
+        isinstance(run, dict)
+        and all(type(run.get(k)) is int and run[k] >= 0 for k in counts)
+        and all(type(run.get(k)) is float for k in ("seconds", "accuracy", "best_accuracy"))
+    )
+
+
+def _are_flags(flags):
+    """Whether `flags` is what `result_flags` gives: plain values by name."""
+    return (
+        isinstance(flags, dict)
+        and all(isinstance(k, str) and k.isidentifier() for k in flags)
+        and all(v is None or isinstance(v, (bool, int, float, str)) for v in flags.values())
+        and type(flags.get("num_steps")) is int
+    )
+
+
 def save_run(files, precision, run, args):
-    """Save all that the run needs to continue; keep the newest two such checkpoints.
+    """Save all that the run needs to continue; keep this checkpoint and the one before it.
 
     Randomness needs no saving: it is a function of the seed and the place in the data.
     """
@@ -174,9 +205,12 @@ def save_run(files, precision, run, args):
         "run": run,
         "flags": result_flags(args),
     }
-    save_checkpoint(content, files.step(run["step"]))
-    for old in files.steps()[2:]:
-        old.unlink(missing_ok=True)
+    newest = files.step(run["step"])
+    save_checkpoint(content, newest)
+    steps = files.steps()
+    place = steps.index(newest)  # what is beyond is damaged, or of a course that was given up
+    for path in steps[:place] + steps[place + 2 :]:
+        path.unlink(missing_ok=True)
 
 
 def save_weights(path, precision, run, args):
@@ -216,5 +250,6 @@ def lock(path, active=True):
             part.unlink(missing_ok=True)  # of a process that was killed while it wrote
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         file.close()

@@ -11,8 +11,6 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
 
 SIDE = 32  # pixels, both ways, of every stored image
 DATASETS = ("cifar10", "cifar100", "digits")
@@ -38,6 +36,10 @@ def load_dataset(name, data_dir="data"):
     """
     if name == "digits":
         return _digits()
+    # Imported here: it takes seconds that a mistake in the flags need not cost.
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity
+
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = Path(data_dir) / cifar.base_folder
     try:

@@ -39,7 +39,7 @@ class Precision:
 
     Everything about a step stays on the device; only `read()` waits for it. A step with a
     non-finite loss or gradient changes nothing but the loss scale. Where nothing is scaled it is a
-    failure, and no later step changes anything either.
+    failure, and no later step changes the weights either.
     """
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
@@ -47,12 +47,13 @@ class Precision:
         self.device = next(model.parameters()).device
         self.half = half_dtype
         self.input_dtype = half_dtype if level in ("O2", "O3") else torch.float32
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        exact = [w.detach().clone() for w in self.weights] if level == "O2" else self.weights
         if level in ("O2", "O3"):
             self._cast_weights(keep_batchnorm=level == "O2")
-        self.weights = [p for p in model.parameters() if p.requires_grad]
         self.masters = [
-            nn.Parameter(w.detach().float()) if level == "O2" and w.dtype != torch.float32 else w
-            for w in self.weights
+            nn.Parameter(e) if level == "O2" and w.dtype != e.dtype else w
+            for w, e in zip(self.weights, exact)
         ]
         # `scaled`: whether a non-finite gradient is part of the method; else it is a failure.
         self.scaled = level in ("O1", "O2") and (half_dtype == torch.float16 or loss_scale > 0)
@@ -82,6 +83,9 @@ class Precision:
         for p in self.model.parameters():
             if p not in kept:
                 p.data = p.data.to(self.half)
+        if not keep_batchnorm:
+            for m in self._batchnorms():
+                m.to(self.half)
 
     def attach(self, optimizer):
         """Take the optimizer, made over `self.masters`, that `step` is to drive."""
@@ -104,6 +108,10 @@ class Precision:
         loss = loss / accumulation
         self.loss += loss.detach()
         (loss * self.state["scale"] if self.scaled else loss).sum().backward()
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:  # accumulated in fp32, each batch's half gradient freed
+                grad, weight.grad = weight.grad, None
+                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
     @torch.no_grad()
     def step(self, lr_table, max_grad_norm):
@@ -112,9 +120,6 @@ class Precision:
         lr_table (num_steps + 1,) holds the learning rate of each update, on the device.
         """
         state, scale = self.state, self.state["scale"].clone()
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                master.grad, weight.grad = weight.grad.float(), None
         grad_norm = nn.utils.get_total_norm([m.grad for m in self.masters]).float() / scale
         nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, grad_norm[0])
         finite = grad_norm.isfinite() & self.loss.isfinite()
@@ -131,15 +136,18 @@ class Precision:
                 weight.copy_(master)
             master.grad = None
 
-        if self.scaled:
-            for buffer, saved in zip(self.batchnorm_buffers, self.saved_buffers):
-                buffer.copy_(torch.where(finite, buffer, saved))
+        self._restore_buffers(finite)
         if self.dynamic:
             state["clean"].add_(1).mul_(finite)
             grow = state["clean"] == CLEAN_STEPS
             state["scale"].mul_(torch.where(grow, 2.0, torch.where(finite, 1.0, 0.5)))
             state["scale"].clamp_(max=MAX_SCALE)
             state["clean"].mul_(~grow)
+
+    def _restore_buffers(self, finite):
+        if self.scaled:
+            for buffer, saved in zip(self.batchnorm_buffers, self.saved_buffers):
+                buffer.copy_(torch.where(finite[0], buffer, saved))
 
     def _record(self, finite, grad_norm, scale, lr_table):
         """Count the update, if it is one; set its learning rate; note what `read` will tell."""
@@ -157,15 +165,24 @@ class Precision:
     @contextmanager
     def _masters_in_model(self):
         """The model's state dict reads and loads fp32 masters within this context."""
-        halves = [w.data for w in self.weights]
-        for weight, master in zip(self.weights, self.masters):
-            weight.data = master.data
+        master_of = dict(zip(self.weights, self.masters))
+        slots = [
+            (module._parameters, name, p)
+            for module in self.model.modules()
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
+        for parameters, name, p in slots:
+            parameters[name] = master_of.get(p, p)
         try:
             yield
         finally:
-            for weight, half, master in zip(self.weights, halves, self.masters):
-                if master is not weight:
-                    weight.data = half.copy_(master.data)
+            for parameters, name, p in slots:
+                parameters[name] = p
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters):
+                    if master is not weight:
+                        weight.copy_(master)
 
     def model_state_dict(self):
         """The model's state dict in fp32, whatever the level."""
@@ -178,7 +195,7 @@ class Precision:
             self.model.load_state_dict(state_dict)
 
     def state_dict(self):
-        return {name: value.cpu() for name, value in self.state.items()}
+        return {name: value.cpu().clone() for name, value in self.state.items()}
 
     def load_state_dict(self, state):
         for name, value in self.state.items():
@@ -193,8 +210,8 @@ class ApexPrecision(Precision):
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
         super().__init__(model, "O0", half_dtype)
-        self.opt_level, self.static_scale = level, loss_scale or "dynamic"
-        self.scaled = level != "O0"  # a non-finite gradient is apex's to handle
+        self.opt_level, self.static_scale = level, loss_scale or None  # None: the level's own
+        self.scaled = level in ("O1", "O2")  # there a non-finite gradient is apex's to handle
 
     def attach(self, optimizer):
         from apex import amp
@@ -204,6 +221,7 @@ class ApexPrecision(Precision):
         amp.initialize(
             self.model, optimizer, opt_level=self.opt_level, loss_scale=self.static_scale
         )
+        self.masters = list(amp.master_params(optimizer))
 
     def backward(self, loss, accumulation=1):
         loss = loss / accumulation
@@ -212,20 +230,14 @@ class ApexPrecision(Precision):
             scaled_loss.backward()
 
     def step(self, lr_table, max_grad_norm):
-        masters = list(self.amp.master_params(self.optimizer))
-        grad_norm = nn.utils.clip_grad_norm_(masters, max_grad_norm).float().view(1)
+        grad_norm = nn.utils.clip_grad_norm_(self.masters, max_grad_norm).float().view(1)
         finite = grad_norm.isfinite() & self.loss.isfinite()
         scalers = self.amp.state_dict()
         scale = scalers["loss_scaler0"]["loss_scale"] if scalers else 1.0
         self._record(finite, grad_norm, torch.full_like(grad_norm, scale), lr_table)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def load_model_state_dict(self, state_dict):
-        self.model.load_state_dict(state_dict)
-        with torch.no_grad():
-            for master, weight in zip(self.amp.master_params(self.optimizer), self.weights):
-                master.copy_(weight)
+        self._restore_buffers(finite)
 
     def state_dict(self):
         return super().state_dict() | {"apex": self.amp.state_dict()}

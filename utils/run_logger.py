@@ -11,7 +11,8 @@ import platform
 import re
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 LINE = re.compile(r"^\d\d/\d\d/\d{4} \d\d:\d\d:\d\d - [A-Z]+ - \S+ - (.*)$", re.M)
 BLOCK = re.compile(r"^(?=.* - (?:\*{5} Running Validation|Best Accuracy:|End Training!))", re.M)
+SKIPPED = re.compile(r"^.* - Skipped: .*\n", re.M)
+EVENTS = re.compile(r"(events\.out\.tfevents\.)(\d+)(.*)")
 FILE_NAME = re.compile(
     r"(?P<dataset>[^_]+)_(?P<model_type>.+)_norm_(?P<norm_type>.+)"
     r"_fp_(?P<fp16>True|False)_img_(?P<img_size>\d+)_pretrain_(?P<pretrained>[TF])"
@@ -36,12 +39,20 @@ EVALUATION = re.compile(
 class RunLogger:
     """Writes a run's text log, echoed on stderr, and its TensorBoard events; mute unless `active`.
 
-    With `resume_step` = k both go on after step k, and what they hold beyond it is dropped; else
-    both start anew. A folder of theirs that is deleted while the run goes on is made again.
+    With `resume_step` = k both go on after step k, and what they hold beyond it is dropped, so are
+    evaluations beyond `resume_evaluated` (k) and skipped steps beyond the first `resume_skipped`
+    (all are kept); else both start anew. A folder of theirs that is deleted while the run goes on
+    is made again.
     """
 
     def __init__(
-        self, log_file, tensorboard_dir, active: bool = True, resume_step: int | None = None
+        self,
+        log_file,
+        tensorboard_dir,
+        active: bool = True,
+        resume_step: int | None = None,
+        resume_evaluated: int | None = None,
+        resume_skipped: int | None = None,
     ):
         self.active = active
         if not active:
@@ -51,7 +62,8 @@ class RunLogger:
         if resume_step is None:
             self.log_file.write_text("")
         elif self.log_file.exists():
-            _drop_beyond(self.log_file, resume_step)
+            evaluated = resume_step if resume_evaluated is None else resume_evaluated
+            _drop_beyond(self.log_file, evaluated, resume_skipped)
         # TensorBoard hides what an earlier process wrote into the folder from the purge step on.
         self._open_tensorboard(purge_step=0 if resume_step is None else resume_step + 1)
 
@@ -148,14 +160,16 @@ class RunLogger:
         line = f"{datetime.now():%m/%d/%Y %H:%M:%S} - {level} - train - {message}"
         # Opened for each message: a crash loses nothing, and a folder may be deleted mid-run.
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with _naming(self.log_file):
+            with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
         tqdm.write(line, file=sys.stderr)
 
     def _open_tensorboard(self, purge_step: int | None = None) -> None:
         # Imported here so that the readers of logs, which need no torch, start at once.
         from torch.utils.tensorboard import SummaryWriter
 
+        _age_events(self.tensorboard_dir)
         self._writer = SummaryWriter(self.tensorboard_dir, purge_step=purge_step)
 
     def _record(self, write) -> None:
@@ -307,15 +321,45 @@ def _parse_file_name(name: str) -> dict:
     }
 
 
-def _drop_beyond(log_file: Path, step: int) -> None:
-    """Cuts the log before its first evaluation beyond `step` or half-written, or its run's end."""
+@contextmanager
+def _naming(path):
+    """Names `path` in an OSError that names no file, as one of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _age_events(folder: Path) -> None:
+    """Renames event files that are not older than now, as the clock was set back since.
+
+    TensorBoard reads a folder's files in the order of their names, events.out.tfevents.{seconds}.
+    """
+    files = sorted(path for path in folder.glob("events.out.tfevents.*") if EVENTS.match(path.name))
+    for i, path in enumerate(files):
+        start, seconds, rest = EVENTS.match(path.name).groups()
+        latest = int(time.time()) - len(files) + i
+        if int(seconds) > latest:
+            path.rename(folder / f"{start}{latest:010d}{rest}")
+
+
+def _drop_beyond(log_file: Path, evaluated: int, skipped: int | None) -> None:
+    """Cuts the log before its first evaluation beyond step `evaluated` or half-written, or its end.
+
+    Of the notes of skipped steps the first `skipped` remain.
+    """
     text = log_file.read_text(encoding="utf-8", errors="replace")
     head, *blocks = BLOCK.split(text[: text.rfind("\n") + 1])
 
     def is_kept(block: str) -> bool:
         evaluation = EVALUATION.search(_messages(block))
-        return evaluation is not None and int(evaluation[1]) <= step
+        return evaluation is not None and int(evaluation[1]) <= evaluated
 
+    text = head + "".join(itertools.takewhile(is_kept, blocks))
+    if skipped is not None:
+        number = itertools.count(1)
+        text = SKIPPED.sub(lambda note: note[0] if next(number) <= skipped else "", text)
     temporary = log_file.with_name(log_file.name + ".tmp")
-    temporary.write_text(head + "".join(itertools.takewhile(is_kept, blocks)), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, log_file)

@@ -1,0 +1,48 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+
+# The smallest ViT on 8x8 digits: 5 tokens an image. Run in demo/, away from other runs' files.
+DEMO = cd demo && ../$(BIN)/python
+DEMO_RUN = ../train.py --name demo --dataset digits --model_type ViT-Ti_4 --img_size 8 \
+	--train_batch_size 32 --learning_rate 0.1 --warmup_steps 50 --num_steps 800
+
+.PHONY: setup demo test lint bench soak clean
+
+setup: .venv/.installed  ## once: .venv with all that use and development need
+
+demo: .venv/.installed_to_run  ## trains two norm types on digits, evaluates and compares them
+	mkdir -p demo
+	$(DEMO) $(DEMO_RUN) --norm_type LN --overwrite
+	$(DEMO) $(DEMO_RUN) --norm_type Rescale --overwrite
+	$(DEMO) $(DEMO_RUN) --norm_type LN --eval
+	$(DEMO) $(DEMO_RUN) --norm_type Rescale --eval
+	$(DEMO) ../plot_acc_loss.py output/*.txt
+	$(DEMO) ../results.py output/*.txt
+	@echo "Figures: demo/img/. Logs and checkpoints: demo/output/."
+	@echo "Curves: $(BIN)/tensorboard --logdir demo/logs"
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmark.py
+
+soak: setup
+	$(BIN)/python tests/soak.py
+
+clean:  ## caches only
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed_to_run: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/.installed: .venv/.installed_to_run requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,633 @@
+"""Precision levels against PyTorch's own training loop, and against SGD written out by hand."""
+
+import contextlib
+import copy
+import io
+import math
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.configs import vit_config
+from models.modeling import VisionTransformer
+from train import make_optimizer
+from utils import precision as precision_module
+from utils.precision import ApexPrecision, Precision
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MOMENTUM, WEIGHT_DECAY = 0.9, 0.01
+RATES = torch.tensor([0.0, 0.01, 0.03, 0.05, 0.04, 0.03, 0.02, 0.015, 0.01, 0.005, 0.0])
+
+
+def small_model(norm_type="LN", seed=0):
+    torch.manual_seed(seed)
+    config = vit_config(8, 16, 2, 2, 32)
+    config.transformer.dropout_rate = 0.0
+    model = VisionTransformer(config, 16, norm_type, 5)
+    # Away from zero, where LayerNorm's gradient is huge and would overflow in fp16.
+    nn.init.normal_(model.transformer.embeddings.position_embeddings)
+    return model
+
+
+def batch(i):
+    generator = torch.Generator().manual_seed(100 + i)
+    images = torch.randn(6, 3, 16, 16, generator=generator)
+    return images, torch.randint(5, (6,), generator=generator)
+
+
+def make(level, half=BF16, loss_scale=0.0, norm_type="LN", seed=0, backend=Precision):
+    precision = backend(small_model(norm_type, seed), level, half, loss_scale)
+    precision.attach(make_optimizer(SimpleNamespace(weight_decay=WEIGHT_DECAY), precision))
+    return precision
+
+
+def one_step(precision, i, accumulation=1, factor=1.0, offset=0.0, max_grad_norm=1.0):
+    """Step i of training, each loss times `factor`, plus `offset`, which has no gradient."""
+    precision.start_step()
+    for part in range(accumulation):
+        images, labels = batch(i * accumulation + part)
+        with precision.autocast():
+            loss = precision.model(images.to(precision.input_dtype), labels)
+        precision.backward(loss * factor + offset, accumulation)
+    precision.step(RATES, max_grad_norm)
+
+
+def momentum_of(precision):
+    return [precision.optimizer.state[p]["momentum_buffer"] for p in precision.masters]
+
+
+def learning_rate(precision):
+    return precision.optimizer.param_groups[0]["lr"].item()
+
+
+def snapshot(precision):
+    """Copies of all that a skipped step must leave alone."""
+    everything = [*precision.model.parameters(), *precision.model.buffers(), *precision.masters]
+    everything += [*momentum_of(precision), precision.state["updates"]]
+    everything.append(precision.optimizer.param_groups[0]["lr"])
+    return [tensor.detach().clone() for tensor in everything]
+
+
+def assert_same(got, expected, exact=True):
+    assert len(got) == len(expected)
+    tolerance = 0 if exact else 1e-6
+    for x, y in zip(got, expected):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- O0
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.3, 100.0])  # always clipped, never clipped
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("norm_type", ["LN", "BN"])
+def test_o0_is_plain_pytorch(norm_type, accumulation, max_grad_norm):
+    """Truth: torch.optim.SGD and clip_grad_norm_ in the usual loop: fused to the bit, else 1e-6."""
+    ours = make("O0", norm_type=norm_type)
+    fused, default = (copy.deepcopy(ours.model) for _ in range(2))
+    optimizers = [
+        torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=is_fused
+        )
+        for model, is_fused in ((fused, True), (default, False))
+    ]
+    for i in range(6):
+        one_step(ours, i, accumulation, max_grad_norm=max_grad_norm)
+        (record,) = ours.read()
+        for model, optimizer in zip((fused, default), optimizers):
+            optimizer.zero_grad()
+            total = 0.0
+            for part in range(accumulation):
+                loss = model(*batch(i * accumulation + part)) / accumulation
+                total += loss.item()
+                loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.param_groups[0]["lr"] = RATES[i + 1].item()
+            optimizer.step()
+        assert (record.updates, record.finite, record.loss_scale) == (i + 1, True, 1.0)
+        assert record.loss == pytest.approx(total, rel=1e-5)
+        assert record.grad_norm == pytest.approx(grad_norm.item(), rel=1e-5)
+        assert record.learning_rate == RATES[i + 1].item() == learning_rate(ours)
+    assert (grad_norm > max_grad_norm) == (max_grad_norm < 1)
+    assert_same(list(ours.model.parameters()), list(fused.parameters()))
+    momenta = [
+        [o.state[p]["momentum_buffer"] for p in m.parameters()]
+        for m, o in zip((fused, default), optimizers)
+    ]
+    assert_same(momentum_of(ours), momenta[0])
+    assert_same(list(ours.model.buffers()), list(fused.buffers()))
+    assert_same(list(ours.model.parameters()), list(default.parameters()), exact=False)
+    assert_same(momentum_of(ours), momenta[1], exact=False)
+
+
+def test_gradients_are_cleared():
+    """Truth: two objects, one of which trained before: the same gradients reach the next step."""
+    precision = make("O2")
+    one_step(precision, 0)
+    assert all(p.grad is None for p in [*precision.weights, *precision.masters])
+
+
+def test_read_returns_each_step_once():
+    """Truth: one record a step since the last call; rates from the table, then its last."""
+    precision = make("O0")
+    for i in range(3):
+        one_step(precision, i)
+    assert [record.updates for record in precision.read()] == [1, 2, 3]
+    for i in range(3, 12):
+        one_step(precision, i)
+    rates = [record.learning_rate for record in precision.read()]
+    assert rates == [*RATES[4:].tolist(), 0.0, 0.0]
+
+
+# ---------------------------------------------------------------- O1, O2, O3
+
+
+def is_batchnorm(name):
+    return ".layer." in name and "norm" in name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("norm_type", ["LN", "BN"])
+def test_o2_is_sgd_on_fp32_masters(norm_type, accumulation):
+    """Truth: SGD with momentum, decay and clipping in plain tensor operations, step by step."""
+    ours = make("O2", norm_type=norm_type)
+    model = small_model(norm_type)
+    names = [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        if not (norm_type == "BN" and is_batchnorm(name)):
+            p.data = p.data.bfloat16()
+    masters = [p.detach().clone() for p in ours.masters]
+    momenta = [torch.zeros_like(p) for p in masters]
+
+    for i in range(5):
+        one_step(ours, i, accumulation)
+        grads = [torch.zeros_like(p) for p in masters]
+        for part in range(accumulation):
+            images, labels = batch(i * accumulation + part)
+            model.zero_grad()
+            (model(images.bfloat16(), labels) / accumulation).backward()
+            for grad, p in zip(grads, model.parameters()):
+                grad += p.grad
+        grad_norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        clip = min(1.0, 1.0 / (grad_norm + 1e-6))
+        for master, momentum, grad in zip(masters, momenta, grads):
+            momentum.mul_(MOMENTUM).add_(grad * clip + WEIGHT_DECAY * master)
+            master.sub_(RATES[i + 1] * momentum)
+        (record,) = ours.read()
+        assert record.finite and record.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+        assert_same(ours.masters, masters, exact=False)
+        assert_same(momentum_of(ours), momenta, exact=False)
+        # On with the same numbers, so that no last bit grows through bf16's rounding.
+        for mine, theirs in zip([*masters, *momenta], [*ours.masters, *momentum_of(ours)]):
+            mine.copy_(theirs)
+        for name, p, weight, master in zip(names, model.parameters(), ours.weights, masters):
+            kept = norm_type == "BN" and is_batchnorm(name)
+            assert weight.dtype == (FP32 if kept else BF16), name
+            assert torch.equal(weight, master.to(weight.dtype)), name
+            p.data.copy_(weight)
+    assert_same(list(ours.model.buffers()), list(model.buffers()))
+    assert all(master.dtype == FP32 for master in ours.masters)
+
+
+@pytest.mark.parametrize("half", [BF16, FP16])
+def test_masters_start_at_the_fp32_weights(half):
+    """Truth: the model before it was cast: pretrained weights keep their last 16 bits."""
+    assert_same(make("O2", half).masters, list(small_model().parameters()))
+
+
+@pytest.mark.parametrize("half", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("level", "weights", "products"),
+    [("O0", FP32, FP32), ("O1", FP32, "half"), ("O2", "half", "half"), ("O3", "half", "half")],
+)
+def test_dtypes_of_the_levels(level, weights, products, half):
+    """Truth: the table of levels: dtype of weights, matrix products, masters, logits."""
+    precision = make(level, half)
+    seen = set()
+    for module in precision.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, args, y: seen.add(y.dtype))
+    images, _ = batch(0)
+    with precision.autocast():
+        logits, _ = precision.model(images.to(precision.input_dtype))
+    assert seen == {half if products == "half" else FP32}
+    assert logits.dtype == FP32
+    assert {p.dtype for p in precision.weights} == {half if weights == "half" else FP32}
+    assert {p.dtype for p in precision.masters} == {half if level == "O3" else FP32}
+
+
+def test_state_of_the_scale():
+    """Truth: the table of levels and apex's numbers: 2^16 at first, 2^24 at most, 2000 steps."""
+    assert precision_module.INITIAL_SCALE == 65536 and precision_module.MAX_SCALE == 2**24
+    assert precision_module.CLEAN_STEPS == 2000
+    scales = {
+        (level, half, scale): make(level, half, scale).state["scale"].item()
+        for level in ("O0", "O1", "O2", "O3")
+        for half in (BF16, FP16)
+        for scale in (0.0, 128.0)
+    }
+    for (level, half, scale), value in scales.items():
+        if level in ("O0", "O3"):
+            assert value == 1
+        elif scale:
+            assert value == scale
+        else:
+            assert value == (65536 if half == FP16 else 1)
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
+@pytest.mark.parametrize("half", [BF16, FP16])
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_every_level_trains_every_norm_type(level, half, norm_type):
+    """Truth: the same steps in fp32, within what half precision allows."""
+    precision = make(level, half, loss_scale=64.0 if level != "O3" else 0.0, norm_type=norm_type)
+    exact = make("O0", norm_type=norm_type)
+    before = torch.cat([p.detach().flatten().float() for p in exact.masters])
+    for i in range(4):
+        one_step(precision, i)
+        one_step(exact, i)
+    for record, truth in zip(precision.read(), exact.read()):
+        assert record.finite and record.updates == truth.updates
+        assert record.loss == pytest.approx(truth.loss, rel=0.03)
+        assert record.grad_norm == pytest.approx(truth.grad_norm, rel=0.1)
+    moved, truth = (
+        torch.cat([p.detach().flatten().float() for p in x.masters]) - before
+        for x in (precision, exact)
+    )
+    assert torch.cosine_similarity(moved, truth, dim=0) > (0.9 if level == "O3" else 0.98)
+    images, _ = batch(50)
+    with torch.no_grad(), precision.autocast():
+        logits, _ = precision.model.eval()(images.to(precision.input_dtype))
+    expected, _ = exact.model.eval()(images)
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.1)
+
+
+def masters_by_name(precision):
+    """The masters in the reference's names."""
+    named = {}
+    for (name, _), master in zip(precision.model.named_parameters(), precision.masters):
+        if "qkv" in name:
+            for part, piece in zip(("query", "key", "value"), master.detach().chunk(3)):
+                named[name.replace("qkv", part)] = piece
+        else:
+            named[name] = master.detach()
+    return named
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN", "Rescale"])
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_model_state_dict_is_fp32(level, norm_type):
+    """Truth: the masters, bit for bit; taking it changes nothing; loading it restores them."""
+    precision = make(level, norm_type=norm_type)
+    one_step(precision, 0)
+    before = snapshot(precision)
+    state = copy.deepcopy(precision.model_state_dict())
+    assert_same(snapshot(precision), before)
+    assert state.keys() == small_model(norm_type).state_dict().keys()
+    named = masters_by_name(precision)
+    for name, value in state.items():
+        assert value.dtype == FP32 or not value.is_floating_point(), name
+        if name in named:
+            assert torch.equal(value, named[name].float()), name
+
+    other = make(level, norm_type=norm_type, seed=1)
+    other.load_model_state_dict(state)
+    assert_same(other.masters, precision.masters)
+    assert_same(list(other.model.parameters()), list(precision.model.parameters()))
+    assert_same(list(other.model.buffers()), list(precision.model.buffers()))
+    small_model(norm_type, seed=2).load_state_dict(state)  # fits a model in fp32
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_state_dict_keeps_what_parallel_training_hooks(level):
+    """Truth: DistributedDataParallel, which hooks each weight's gradient accumulator once.
+
+    Were the accumulator another after a checkpoint, the processes would train apart, silently.
+    """
+    precision = make(level)
+    calls, accumulators = [], []
+    for weight in precision.weights:
+        accumulator = weight.view_as(weight).grad_fn.next_functions[0][0]
+        accumulator.register_hook(lambda *_: calls.append(1))
+        accumulators.append(accumulator)  # held, as it is there
+    one_step(precision, 0)
+    assert len(calls) == len(precision.weights)
+    precision.load_model_state_dict(copy.deepcopy(precision.model_state_dict()))
+    one_step(precision, 1)
+    assert len(calls) == 2 * len(precision.weights)
+
+
+# ---------------------------------------------------------------- loss scale
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN"])
+@pytest.mark.parametrize(
+    ("half", "loss_scale", "factor"),
+    [
+        *((FP16, scale, factor) for scale in (0.0, 64.0) for factor in (1e30, math.inf, math.nan)),
+        (BF16, 64.0, math.inf),
+        (BF16, 64.0, math.nan),
+    ],
+)
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_an_overflow_is_skipped(level, loss_scale, half, norm_type, factor):
+    """Truth: the state before: an overflow changes nothing but the dynamic scale, which halves."""
+    precision = make(level, half, loss_scale, norm_type)
+    one_step(precision, 0)
+    one_step(precision, 1)
+    before = snapshot(precision)
+    rate = learning_rate(precision)
+    one_step(precision, 2, accumulation=2, factor=factor)
+    assert_same(snapshot(precision), before)
+    assert learning_rate(precision) == rate == RATES[2].item()
+    *_, good, skipped = precision.read()
+    assert good.finite and not skipped.finite
+    assert (good.updates, skipped.updates) == (2, 2)
+    scale = loss_scale or 65536.0
+    assert skipped.loss_scale == scale
+    one_step(precision, 3)
+    (after,) = precision.read()
+    assert after.finite and after.updates == 3
+    assert after.loss_scale == (loss_scale or scale / 2)
+    assert after.learning_rate == RATES[3].item()
+
+
+@pytest.mark.parametrize(("level", "loss_scale"), [("O0", 0.0), ("O2", 0.0), ("O2", 64.0)])
+@pytest.mark.parametrize("offset", [math.inf, math.nan])
+def test_a_bad_loss_with_good_gradients_is_skipped(level, loss_scale, offset):
+    """Truth: the state before: a loss that is no number is a failure whatever its gradient."""
+    precision = make(level, BF16, loss_scale)
+    one_step(precision, 0)
+    before = snapshot(precision)
+    one_step(precision, 1, offset=offset)
+    assert_same(snapshot(precision), before)
+    good, bad = precision.read()
+    assert good.finite and not bad.finite
+    assert math.isfinite(bad.grad_norm) and not math.isfinite(bad.loss)
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_the_dynamic_scale(level, monkeypatch):
+    """Truth: apex's rule by hand: clean steps in a row double it, an overflow halves it."""
+    monkeypatch.setattr(precision_module, "CLEAN_STEPS", 3)
+    precision = make(level, FP16)
+    pattern = "ccccccc.cc.cccc..c"
+    scale, clean, expected = 65536.0, 0, []
+    for i, kind in enumerate(pattern):
+        # Tiny losses: they do not overflow by themselves.
+        one_step(precision, i, factor=1e-4 if kind == "c" else 1e30)
+        expected.append((scale, kind == "c"))
+        clean = clean + 1 if kind == "c" else 0
+        scale = scale if kind == "c" else scale / 2
+        if clean == 3:
+            scale, clean = scale * 2, 0
+    records = [(record.loss_scale, record.finite) for record in precision.read()]
+    assert records == expected
+    assert precision.state["scale"].item() == scale
+    assert precision.state["updates"].item() == pattern.count("c")
+
+
+def test_the_scale_is_bounded(monkeypatch):
+    """Truth: apex's largest scale, 2^24."""
+    monkeypatch.setattr(precision_module, "CLEAN_STEPS", 1)
+    precision = make("O1", FP16)
+    for i in range(11):
+        one_step(precision, i, factor=1e-7)
+    scales = [record.loss_scale for record in precision.read()]
+    assert scales == [min(2.0**16 * 2**i, 2.0**24) for i in range(11)]
+
+
+def test_a_static_scale_stays(monkeypatch):
+    """Truth: --loss_scale 64 is 64 forever, through clean steps and overflows."""
+    monkeypatch.setattr(precision_module, "CLEAN_STEPS", 2)
+    precision = make("O2", FP16, 64.0)
+    for i in range(8):
+        one_step(precision, i, factor=1e30 if i in (0, 5) else 1.0)
+    assert {record.loss_scale for record in precision.read()} == {64.0}
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_clipping_is_on_unscaled_gradients(level, max_grad_norm):
+    """Truth: no scale at all: a power of 2 is exact in bf16, so every bit must agree."""
+    plain, *scaled = (make(level, BF16, scale) for scale in (0.0, 1.0, 1024.0))
+    for i in range(4):
+        for precision in (plain, *scaled):
+            one_step(precision, i, max_grad_norm=max_grad_norm)
+    expected = plain.read()
+    for precision in scaled:
+        assert_same(snapshot(precision), snapshot(plain))
+        for record, truth in zip(precision.read(), expected):
+            assert (record.loss, record.grad_norm) == (truth.loss, truth.grad_norm)
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_a_skipped_first_step_leaves_no_trace(level):
+    """Truth: a run without it, bit for bit: no momentum from nowhere."""
+    failing, clean = make(level, BF16, 64.0), make(level, BF16, 64.0)
+    one_step(failing, 7, factor=math.inf)
+    for precision in (failing, clean):
+        one_step(precision, 0)
+        one_step(precision, 1)
+    assert_same(snapshot(failing), snapshot(clean))
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_without_a_scale_a_failure_is_final(level, factor):
+    """Truth: the state before it: no step from then on changes anything or counts."""
+    precision = make(level)
+    one_step(precision, 0)
+    before = snapshot(precision)
+    one_step(precision, 1, factor=factor)
+    for i in (2, 3):
+        one_step(precision, i)
+    assert_same(snapshot(precision), before)
+    records = precision.read()
+    assert [record.finite for record in records] == [True, False, False, False]
+    assert {record.updates for record in records} == {1}
+    assert not math.isfinite(records[1].loss)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN", "Rescale"])
+@pytest.mark.parametrize(
+    ("level", "half"), [("O0", BF16), ("O1", FP16), ("O2", FP16), ("O2", BF16), ("O3", BF16)]
+)
+def test_resuming_is_bit_exact(level, half, norm_type, monkeypatch):
+    """Truth: the run that was not interrupted: weights, momentum, scale, records."""
+    monkeypatch.setattr(precision_module, "CLEAN_STEPS", 2)
+    factors = [1e-3, 1e30 if half == FP16 else 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    running = make(level, half, norm_type=norm_type)
+    for i in range(3):
+        one_step(running, i, factor=factors[i])
+    running.read()
+    file = io.BytesIO()
+    content = running.model_state_dict(), running.state_dict(), running.optimizer.state_dict()
+    torch.save(content, file)
+    for i in range(3, 6):
+        one_step(running, i, factor=factors[i])
+
+    resumed = make(level, half, norm_type=norm_type, seed=1)
+    file.seek(0)
+    model, state, optimizer = torch.load(file, weights_only=True)
+    resumed.load_model_state_dict(model)
+    resumed.load_state_dict(state)
+    resumed.optimizer.load_state_dict(optimizer)
+    for i in range(3, 6):
+        one_step(resumed, i, factor=factors[i])
+    assert_same(snapshot(resumed), snapshot(running))
+    assert resumed.read() == running.read()
+    for name, value in running.state.items():
+        assert torch.equal(resumed.state[name], value), name
+
+
+# ---------------------------------------------------------------- synchronization
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Raises where the host reads a tensor's value, which on a GPU would wait for the device.
+
+    Inside one operation it does not look: on a CPU the fused SGD reads its learning rate there,
+    while on a GPU its kernel does.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN"])
+@pytest.mark.parametrize(
+    ("level", "half"), [("O0", BF16), ("O1", FP16), ("O2", FP16), ("O2", BF16), ("O3", BF16)]
+)
+def test_no_synchronization(level, half, norm_type):
+    """Truth: between two reads no operation hands a value to the host, failing steps included."""
+    precision = make(level, half, norm_type=norm_type)
+    with NoSynchronization():
+        for i in range(3):
+            one_step(precision, i, accumulation=2, factor=math.inf if i == 1 else 1.0)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronization():
+        precision.state["scale"].item()  # the net catches what it is there for
+    assert len(precision.read()) == 3
+
+
+# ---------------------------------------------------------------- apex
+
+
+class FakeAmp(types.ModuleType):
+    """apex.amp's interface at O1 with its skipping of overflows, and a list of the calls."""
+
+    def __init__(self):
+        super().__init__("apex.amp")
+        self.calls, self.scale = [], 1024.0
+
+    def initialize(self, models, optimizers, opt_level="O1", loss_scale=None):
+        self.calls.append(("initialize", opt_level, loss_scale))
+        return models, optimizers
+
+    def master_params(self, optimizer):
+        self.calls.append(("master_params",))
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    @contextlib.contextmanager
+    def scale_loss(self, loss, optimizer):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        stashed = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        yield loss * self.scale
+        self.calls.append(("scale_loss",))
+        for p, stash in zip(params, stashed):
+            p.grad = p.grad / self.scale + (0 if stash is None else stash)
+        if not all(p.grad.isfinite().all() for p in params):
+            self.scale /= 2
+            step = optimizer.step
+
+            def skip():
+                optimizer.step = step
+
+            optimizer.step = skip
+
+    def state_dict(self):
+        return {"loss_scaler0": {"loss_scale": self.scale, "unskipped": 0}}
+
+    def load_state_dict(self, state):
+        self.scale = state["loss_scaler0"]["loss_scale"]
+
+
+@pytest.fixture
+def amp(monkeypatch):
+    apex = types.ModuleType("apex")
+    apex.amp = FakeAmp()
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.amp", apex.amp)
+    return apex.amp
+
+
+@pytest.mark.parametrize(("level", "loss_scale"), [("O1", 0.0), ("O2", 0.0), ("O2", 128.0)])
+def test_apex_is_told_the_flags(amp, level, loss_scale):
+    """Truth: apex's documented arguments: the level's name, and a number or "dynamic"."""
+    make(level, FP16, loss_scale, backend=ApexPrecision)
+    assert amp.calls == [("initialize", level, loss_scale or "dynamic")]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("max_grad_norm", [0.3, 100.0])
+def test_apex_trains_as_plain_pytorch(amp, max_grad_norm, accumulation):
+    """Truth: level O0, bit for bit: the fake scales by a power of 2 and changes nothing else."""
+    ours = make("O1", FP16, backend=ApexPrecision)
+    plain = make("O0")
+    for i in range(4):
+        one_step(ours, i, accumulation, max_grad_norm=max_grad_norm)
+        one_step(plain, i, accumulation, max_grad_norm=max_grad_norm)
+    assert_same(snapshot(ours), snapshot(plain))
+    for record, truth in zip(ours.read(), plain.read()):
+        assert (record.loss, record.grad_norm) == (truth.loss, truth.grad_norm)
+        assert (record.updates, record.finite) == (truth.updates, True)
+        assert record.learning_rate == truth.learning_rate
+        assert record.loss_scale == 1024
+    assert [call[0] for call in amp.calls[1:]] == (
+        ["scale_loss"] * accumulation + ["master_params"]
+    ) * 4
+
+
+def test_apex_skips(amp):
+    """Truth: the state before the step that apex skips; the next one goes on."""
+    precision = make("O1", FP16, backend=ApexPrecision)
+    one_step(precision, 0)
+    before = snapshot(precision)
+    one_step(precision, 1, factor=math.inf)
+    assert_same(snapshot(precision), before)
+    one_step(precision, 2)
+    records = precision.read()
+    assert [(record.finite, record.updates) for record in records] == [
+        (True, 1),
+        (False, 1),
+        (True, 2),
+    ]
+    assert records[-1].loss_scale == 512 and precision.scaled
+
+
+def test_apex_resumes(amp):
+    """Truth: apex's own state travels in ours, and the masters follow the loaded weights."""
+    precision = make("O1", FP16, backend=ApexPrecision)
+    one_step(precision, 0, factor=math.inf)
+    one_step(precision, 1)
+    model, state = copy.deepcopy((precision.model_state_dict(), precision.state_dict()))
+    assert state["apex"] == {"loss_scaler0": {"loss_scale": 512.0, "unskipped": 0}}
+    amp.scale = 4.0
+    resumed = make("O1", FP16, seed=1, backend=ApexPrecision)
+    resumed.load_model_state_dict(model)
+    resumed.load_state_dict(state)
+    assert amp.scale == 512 and resumed.state["updates"].item() == 1
+    assert_same(resumed.masters, precision.masters)

@@ -1,0 +1,122 @@
+"""The sweeps as their user runs them: sh train1.sh, sh train3.sh."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from programs import ROOT, environment
+
+from utils.args import parse_args
+
+MODELS = ("ViT-B_16", "ViT-B_32", "ViT-L_32", "ViT-L_16")
+NORMS = ("LN", "BN", "GN", "Rescale")
+TINY = "--dataset digits --img_size 16 --train_batch_size 8 --eval_every 2 --output_dir out"
+
+
+def start(script, cwd, flags="", **env):
+    """Starts a sweep over one small model, unless `env` says otherwise, in a session of its own."""
+    env = {"DATASET": "", "GPU": "", "MODELS": "ViT-Ti_16", "PYTHON": sys.executable} | env
+    return subprocess.Popen(
+        ["sh", str(ROOT / script), *flags.split()],
+        cwd=cwd,
+        env=environment(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def sweep(*args, **env):
+    """What a whole sweep printed on stderr and on stdout, and its exit status."""
+    process = start(*args, **env)
+    return process.communicate(timeout=600)[::-1] + (process.returncode,)
+
+
+@pytest.mark.parametrize(
+    "script, dataset, gpu", [("train1.sh", "cifar10", "0"), ("train3.sh", "cifar100", "1")]
+)
+def test_the_reference_s_trainings_in_its_order(tmp_path, script, dataset, gpu):
+    """20 commands, by their meaning: a flag at its default may be written or not."""
+    expected = []
+    for model in MODELS:
+        own = f"--name {dataset}-100_500 --dataset {dataset} --model_type {model} --gpu_id {gpu}"
+        own += " --learning_rate 0.05 --fp16 --fp16_opt_level O2 --resume"
+        if model == "ViT-L_16":
+            own += " --train_batch_size 64"
+        expected.append(f"{own} --norm_type LN --pretrained_dir ./pretrain/{model}.npz")
+        expected += [f"{own} --norm_type {norm}" for norm in NORMS]
+
+    errors, printed, status = sweep(script, tmp_path, PYTHON="echo", MODELS="")
+    *commands, last = printed.splitlines()
+    assert [parse_args(command.split()[1:]) for command in commands] == [
+        parse_args(flags.split()) for flags in expected
+    ]
+    assert {command.split()[0] for command in commands} == {str(ROOT / "train.py")}
+    assert last.endswith("0 of 20 trainings failed")
+    assert status == 0 and errors == "" and not [*tmp_path.iterdir()]
+
+
+def test_flags_are_passed_on(tmp_path):
+    flags = "--num_steps 2 --output_dir elsewhere --data_dir a*b"
+    _, printed, _ = sweep("train3.sh", tmp_path, flags, PYTHON="echo")
+    *commands, _ = printed.splitlines()
+    assert len(commands) == 5
+    assert all(command.endswith(f"--resume {flags}") for command in commands)
+
+
+@pytest.mark.parametrize("status, started", [(130, 1), (143, 1), (2, 5), (137, 5)])
+def test_an_interrupt_ends_the_sweep_a_failure_does_not(tmp_path, status, started):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho started\nexit {status}\n")
+    python.chmod(0o755)
+    errors, printed, outcome = sweep("train1.sh", tmp_path, PYTHON=str(python))
+    assert printed.count("started\n") == started
+    if started == 1:
+        assert outcome == status and errors == ""
+    else:
+        assert outcome == 1 and errors.count(f"failed with status {status}: ") == 5
+        assert printed.endswith("5 of 5 trainings failed\n")
+
+
+def test_a_sweep_and_the_same_again(tmp_path):
+    """Real trainings: without the pretrained file four of five succeed, and are then skipped."""
+    flags = f"{TINY} --num_steps 2"
+    errors, printed, status = sweep("train1.sh", tmp_path, flags)
+    assert status == 1 and printed.endswith("1 of 5 trainings failed\n")
+    assert "--pretrained_dir pretrain/ViT-Ti_16.npz: no such file" in errors
+    assert errors.count("failed with status 2: ") == errors.count("failed with status") == 1
+    logs = {path: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
+    for norm in NORMS:
+        (log,) = (path for path in logs if f"_norm_{norm}_fp_True_img_16_pretrain_F" in path.name)
+        assert logs[log].count("End Training!") == 1
+
+    errors, printed, status = sweep("train1.sh", tmp_path, flags)
+    assert status == 1 and printed.count("is finished: nothing to do") == 4
+    assert printed.endswith("1 of 5 trainings failed\n")
+    assert logs == {path: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
+
+
+def test_control_c(tmp_path):
+    """It reaches the shell and the training: that one saves itself, no other one starts."""
+    flags = f"{TINY} --num_steps 100000"
+    process = start("train1.sh", tmp_path, flags)
+    try:
+        log, deadline = None, time.monotonic() + 300
+        while not log or "Global Steps: 2\n" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+            log = next((tmp_path / "out").glob("*_norm_LN_*_pretrain_F*.txt"), None)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    # Some shells exit with 128 + 2, others let the signal end them too.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Stopped by SIGINT" in log.read_text()
+    assert [*(tmp_path / "out").glob("*.txt")] == [log]
