@@ -576,9 +576,9 @@ def amp(monkeypatch):
 
 @pytest.mark.parametrize(("level", "loss_scale"), [("O1", 0.0), ("O2", 0.0), ("O2", 128.0)])
 def test_apex_is_told_the_flags(amp, level, loss_scale):
-    """Truth: apex's documented arguments: the level's name, and a number or "dynamic"."""
+    """Truth: apex's documented arguments: the level's name, and a number or None, the level's own."""
     make(level, FP16, loss_scale, backend=ApexPrecision)
-    assert amp.calls == [("initialize", level, loss_scale or "dynamic")]
+    assert amp.calls == [("initialize", level, loss_scale or None), ("master_params",)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -596,9 +596,9 @@ def test_apex_trains_as_plain_pytorch(amp, max_grad_norm, accumulation):
         assert (record.updates, record.finite) == (truth.updates, True)
         assert record.learning_rate == truth.learning_rate
         assert record.loss_scale == 1024
-    assert [call[0] for call in amp.calls[1:]] == (
-        ["scale_loss"] * accumulation + ["master_params"]
-    ) * 4
+    assert [call[0] for call in amp.calls] == (
+        ["initialize", "master_params"] + ["scale_loss"] * accumulation * 4
+    )
 
 
 def test_apex_skips(amp):
