@@ -90,14 +90,12 @@ def train(args, files, device):
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *share)
 
     # Where it stands: `step` counts updates, `window` also the steps that were skipped
-    run = {"step": 0, "window": 0, "skipped_in_a_row": 0, "seconds": 0.0}
+    run = {"step": 0, "window": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     if saved:
         run = restore(saved, precision, device)
     began = time.monotonic() - run["seconds"]
-    log = RunLogger(
-        files.log, files.tensorboard, dist_util.is_main(), run["step"] if saved else None
-    )
+    log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
     if saved:
         log.info(f"Resumed from step {run['step']}")
     else:
@@ -278,9 +276,11 @@ def seed_step(seed, window):
 def check_finite(records, run, precision, batches, accumulation, files, log):
     """Log the skipped steps among the last; raise UsageError if the run cannot go on."""
     for window, record in enumerate(records, run["window"] - len(records)):
-        run["skipped_in_a_row"] = 0 if record.finite else run["skipped_in_a_row"] + 1
         if record.finite:
+            run["skipped_in_a_row"] = 0
             continue
+        run["skipped"] += 1
+        run["skipped_in_a_row"] += 1
         fault = f"loss {record.loss}, gradient norm {record.grad_norm} at step {record.updates + 1}"
         log.info(f"Skipped: {fault}, loss scale {record.loss_scale:g}")
         if precision.scaled and run["skipped_in_a_row"] < MAX_SKIPPED:

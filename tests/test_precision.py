@@ -576,7 +576,7 @@ def amp(monkeypatch):
 
 @pytest.mark.parametrize(("level", "loss_scale"), [("O1", 0.0), ("O2", 0.0), ("O2", 128.0)])
 def test_apex_is_told_the_flags(amp, level, loss_scale):
-    """Truth: apex's documented arguments: the level's name, and a number or None, the level's own."""
+    """Truth: apex's documented arguments: the level's name, a number or None (the level's own)."""
     make(level, FP16, loss_scale, backend=ApexPrecision)
     assert amp.calls == [("initialize", level, loss_scale or None), ("master_params",)]
 

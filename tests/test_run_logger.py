@@ -50,7 +50,8 @@ name='a, (b)', norm_type='GN', num_steps=400, pretrained_dir='x.npz')
 
 
 def start(folder, resume_step=None, norm_type="LN") -> RunLogger:
-    logger = RunLogger(folder / "output" / NAME, folder / "logs", resume_step=resume_step)
+    resume = resume_step and {"step": resume_step, "evaluated": resume_step, "skipped": 0}
+    logger = RunLogger(folder / "output" / NAME, folder / "logs", resume=resume)
     if resume_step is None:
         logger.warning("Process rank: -1, device: cpu")
         logger.info(

@@ -175,7 +175,7 @@ def _check_continues(args, saved, path):
 
 def _is_run_state(run):
     """Whether `run` is what train.py keeps of where it stands."""
-    counts = ("step", "window", "skipped_in_a_row", "evaluated")
+    counts = ("step", "window", "skipped", "skipped_in_a_row", "evaluated")
     return (
         isinstance(run, dict)
         and all(type(run.get(k)) is int and run[k] >= 0 for k in counts)

@@ -39,10 +39,10 @@ EVALUATION = re.compile(
 class RunLogger:
     """Writes a run's text log, echoed on stderr, and its TensorBoard events; mute unless `active`.
 
-    With `resume_step` = k both go on after step k, and what they hold beyond it is dropped, so are
-    evaluations beyond `resume_evaluated` (k) and skipped steps beyond the first `resume_skipped`
-    (all are kept); else both start anew. A folder of theirs that is deleted while the run goes on
-    is made again.
+    With `resume`, the state of the run in a checkpoint, both go on from there: what they hold
+    beyond its `step`, its last evaluation (`evaluated`) or its count of skipped steps (`skipped`)
+    is dropped. Else both start anew. A folder of theirs that is deleted while the run goes on is
+    made again.
     """
 
     def __init__(
@@ -50,22 +50,19 @@ class RunLogger:
         log_file,
         tensorboard_dir,
         active: bool = True,
-        resume_step: int | None = None,
-        resume_evaluated: int | None = None,
-        resume_skipped: int | None = None,
+        resume: dict | None = None,
     ):
         self.active = active
         if not active:
             return
         self.log_file, self.tensorboard_dir = Path(log_file), Path(tensorboard_dir)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
+        if resume is None:
             self.log_file.write_text("")
         elif self.log_file.exists():
-            evaluated = resume_step if resume_evaluated is None else resume_evaluated
-            _drop_beyond(self.log_file, evaluated, resume_skipped)
+            _drop_beyond(self.log_file, resume["evaluated"], resume["skipped"])
         # TensorBoard hides what an earlier process wrote into the folder from the purge step on.
-        self._open_tensorboard(purge_step=0 if resume_step is None else resume_step + 1)
+        self._open_tensorboard(purge_step=0 if resume is None else resume["step"] + 1)
 
     def info(self, message: str) -> None:
         self._write("INFO", message)
@@ -344,7 +341,7 @@ def _age_events(folder: Path) -> None:
             path.rename(folder / f"{start}{latest:010d}{rest}")
 
 
-def _drop_beyond(log_file: Path, evaluated: int, skipped: int | None) -> None:
+def _drop_beyond(log_file: Path, evaluated: int, skipped: int) -> None:
     """Cuts the log before its first evaluation beyond step `evaluated` or half-written, or its end.
 
     Of the notes of skipped steps the first `skipped` remain.
@@ -357,9 +354,8 @@ def _drop_beyond(log_file: Path, evaluated: int, skipped: int | None) -> None:
         return evaluation is not None and int(evaluation[1]) <= evaluated
 
     text = head + "".join(itertools.takewhile(is_kept, blocks))
-    if skipped is not None:
-        number = itertools.count(1)
-        text = SKIPPED.sub(lambda note: note[0] if next(number) <= skipped else "", text)
+    number = itertools.count(1)
+    text = SKIPPED.sub(lambda note: note[0] if next(number) <= skipped else "", text)
     temporary = log_file.with_name(log_file.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, log_file)
