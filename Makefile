@@ -4,7 +4,7 @@ BIN = .venv/bin
 # The smallest ViT on 8x8 digits: 5 tokens an image. Run in demo/, away from other runs' files.
 DEMO = cd demo && ../$(BIN)/python
 DEMO_RUN = ../train.py --name demo --dataset digits --model_type ViT-Ti_4 --img_size 8 \
-	--train_batch_size 32 --learning_rate 0.1 --warmup_steps 50 --num_steps 800
+	--train_batch_size 32 --learning_rate 0.12 --warmup_steps 50 --num_steps 900
 
 .PHONY: setup demo test lint bench soak clean
 
