@@ -94,6 +94,7 @@ def train(args, files, device):
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     if saved:
         run = restore(saved, precision, device)
+    is_saved = (run["step"], run["evaluated"]) if saved else None
     began = time.monotonic() - run["seconds"]
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
     if saved:
@@ -104,8 +105,9 @@ def train(args, files, device):
         log.info(note)
 
     parallel = dist_util.wrap(model)
-    compiled = torch.compile(parallel) if args.compile else parallel
-    eval_model = torch.compile(model) if args.compile else model
+    # dynamic=False: what is compiled for a batch must not depend on the batches seen before it.
+    compiled = torch.compile(parallel, dynamic=False) if args.compile else parallel
+    eval_model = torch.compile(model, dynamic=False) if args.compile else model
     last_step = min(args.num_steps, args.stop_after or args.num_steps)
     quiet = not (dist_util.is_main() and sys.stderr.isatty())
     bar = tqdm(total=args.num_steps, initial=run["step"], unit="step", disable=quiet)
@@ -131,7 +133,9 @@ def train(args, files, device):
 
         stopping = stop.agreed()
         run["seconds"] = time.monotonic() - began
-        if stopping or step >= last_step or (step > 0 and step % args.save_every == 0):
+        saving_due = stopping or step >= last_step or (step > 0 and step % args.save_every == 0)
+        if saving_due and is_saved != (step, run["evaluated"]):
+            is_saved = step, run["evaluated"]
             if dist_util.is_main():
                 save_run(files, precision, run, args)
         if stopping or step >= last_step:
@@ -261,9 +265,10 @@ def restore(saved, precision, device):
         precision.load_model_state_dict(saved["model"])
         precision.load_state_dict(saved["precision"])
         precision.optimizer.load_state_dict(saved["optimizer"])
-        precision.optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
+        group = precision.optimizer.param_groups[0]
+        group["lr"] = group["lr"].to(device)
         return dict(saved["run"])
-    except (KeyError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         raise CheckpointError("--resume: the checkpoint does not fit this program") from None
 
 

@@ -4,6 +4,7 @@ A run may be given `setup`, Python code executed in its process first: it says w
 or which fault to have. It sees what `serve` imports and this file's `at`, `die`, `stop`, ...
 """
 
+import gc
 import io
 import json
 import os
@@ -131,6 +132,8 @@ def serve():
     names |= {"run_logger": run_logger, "os": os, "shutil": shutil, "signal": signal, "time": time}
     names |= {"at": at, "die": die, "stop": stop, "shrink": shrink, "limit": limit}
     exec(json.loads(sys.stdin.readline()), names)
+    gc.collect()
+    gc.freeze()  # else a fork's garbage collection copies all pages that hold objects
     print('"ready"', file=answers, flush=True)
     for line in sys.stdin:
         args, cwd, output, setup, timeout, program = json.loads(line)
