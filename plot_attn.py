@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from models.modeling import CONFIGS, VisionTransformer
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.data_utils import DATASETS, load_dataset, resize
 from utils.vis_utils import (
     attention_map_figure,
@@ -81,7 +81,7 @@ def main() -> int:
             num_classes=len(state["head.weight"]),
             vis=True,
         )
-        model.load_state_dict(state)
+        load_weights(model, state, args.checkpoint)
         dataset = load_dataset(args.dataset or flags["dataset"], args.data_dir)
         count = len(dataset.test_images)
         if not 0 <= args.image < count:

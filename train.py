@@ -24,6 +24,7 @@ from utils.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
+    load_weights,
     lock,
     save_run,
     save_weights,
@@ -205,7 +206,7 @@ def evaluate_run(args, files, device):
     saved = load_checkpoint(files.best, digest_required=True)
     dataset = load_dataset(args.dataset, args.data_dir)
     model = make_model(args, len(dataset.classes), vis=True)
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"], files.best)
     image = resize(dataset.test_images[:1], args.img_size)
     title = dataset.classes[dataset.test_labels[0]]
     figures = plot_attention(model, image, args.norm_type, title=title)
@@ -213,7 +214,7 @@ def evaluate_run(args, files, device):
         figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
 
     model = make_model(args, len(dataset.classes))
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"], files.best)
     model.to(device)
     precision = make_precision(args, model, device)
     resizer = Resizer(args.img_size, device, precision.input_dtype)

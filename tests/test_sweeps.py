@@ -17,7 +17,7 @@ TINY = "--dataset digits --img_size 16 --train_batch_size 8 --eval_every 2 --out
 
 
 def start(script, cwd, flags="", **env):
-    """Starts a sweep over one small model, unless `env` says otherwise, in a session of its own."""
+    """Starts a sweep over one small model, unless `env` says otherwise, as a process group."""
     env = {"DATASET": "", "GPU": "", "MODELS": "ViT-Ti_16", "PYTHON": sys.executable} | env
     return subprocess.Popen(
         ["sh", str(ROOT / script), *flags.split()],

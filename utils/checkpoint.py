@@ -107,6 +107,14 @@ def load_checkpoint(path, digest_required=False):
     return content if isinstance(content.get("model"), dict) else {"model": content}
 
 
+def load_weights(model, state_dict, path):
+    """Load `state_dict`, of the checkpoint `path`, into `model`; CheckpointError if it won't fit."""
+    try:
+        model.load_state_dict(state_dict)
+    except Exception:  # a hand-made one fails in a dozen ways
+        raise CheckpointError(f"{path}: its weights do not fit the model") from None
+
+
 def _verify(path, digest_required):
     """Raise CheckpointError unless the digest, where there is one, fits the file."""
     with open(path, "rb") as file:
