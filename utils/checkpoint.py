@@ -108,7 +108,7 @@ def load_checkpoint(path, digest_required=False):
 
 
 def load_weights(model, state_dict, path):
-    """Load `state_dict`, of the checkpoint `path`, into `model`; CheckpointError if it won't fit."""
+    """Load `state_dict`, of the file `path`, into `model`; CheckpointError if it does not fit."""
     try:
         model.load_state_dict(state_dict)
     except Exception:  # a hand-made one fails in a dozen ways
@@ -186,7 +186,7 @@ def _is_run_state(run):
     counts = ("step", "window", "skipped", "skipped_in_a_row", "evaluated")
     return (
         isinstance(run, dict)
-        and all(type(run.get(k)) is int and run[k] >= 0 for k in counts)
+        and all(type(run.get(k)) is int and run[k] in range(10**12) for k in counts)
         and all(type(run.get(k)) is float for k in ("seconds", "accuracy", "best_accuracy"))
     )
 
