@@ -74,15 +74,19 @@ def main() -> int:
         if "flags" not in checkpoint:
             raise ValueError(f"{args.checkpoint} holds weights alone, not the flags of their run")
         state, flags = checkpoint["model"], checkpoint["flags"]
-        model = VisionTransformer(
-            CONFIGS[flags["model_type"]],
-            img_size=flags["img_size"],
-            norm_type=flags["norm_type"],
-            num_classes=len(state["head.weight"]),
-            vis=True,
-        )
+        try:
+            model = VisionTransformer(
+                CONFIGS[flags["model_type"]],
+                img_size=flags["img_size"],
+                norm_type=flags["norm_type"],
+                num_classes=len(state["head.weight"]),
+                vis=True,
+            )
+            name = DATASETS[DATASETS.index(args.dataset or flags["dataset"])]
+        except Exception:  # hand-made flags fail in a dozen ways
+            raise ValueError(f"{args.checkpoint}: its flags name no model or dataset") from None
         load_weights(model, state, args.checkpoint)
-        dataset = load_dataset(args.dataset or flags["dataset"], args.data_dir)
+        dataset = load_dataset(name, args.data_dir)
         count = len(dataset.test_images)
         if not 0 <= args.image < count:
             raise ValueError(f"--image {args.image}: the test images are 0 to {count - 1}")

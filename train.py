@@ -40,6 +40,7 @@ MAX_SKIPPED = 50  # skipped steps in a row that end a run
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text; stderr does so
     try:
         files = RunFiles(args)
         files.check_writable()
@@ -96,6 +97,9 @@ def train(args, files, device):
     if saved:
         run = restore(saved, precision, device)
     is_saved = (run["step"], run["evaluated"]) if saved else None
+    if args.overwrite and dist_util.is_main():  # only now: all that the new run needs is at hand
+        for path in files.checkpoints():
+            path.unlink()
     began = time.monotonic() - run["seconds"]
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
     if saved:
@@ -269,7 +273,7 @@ def restore(saved, precision, device):
         group = precision.optimizer.param_groups[0]
         group["lr"] = group["lr"].to(device)
         return dict(saved["run"])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except Exception:  # a hand-made one fails in a dozen ways
         raise CheckpointError("--resume: the checkpoint does not fit this program") from None
 
 

@@ -43,7 +43,7 @@ CIFAR = "cifar-10-batches-py"
 
 @pytest.fixture(scope="module")
 def forks():
-    with Forks("shrink()") as forks:
+    with Forks() as forks:
         yield forks
 
 

@@ -45,7 +45,7 @@ BEFORE_SAVE = "at(train, 'save_run', where=lambda files, precision, run, args: r
 
 @pytest.fixture(scope="module")
 def forks():
-    with Forks("shrink()") as forks:
+    with Forks() as forks:
         yield forks
 
 

@@ -277,6 +277,10 @@ class RunFiles:
         steps = sorted((int(match[1]) for match in found if match), reverse=True)
         return [self.step(step) for step in steps]
 
+    def checkpoints(self):
+        """All of the run's checkpoints that exist."""
+        return [path for path in (*self.steps(), self.best, self.final) if path.exists()]
+
     def check_writable(self):
         for folder in (self.output_dir, self.tensorboard.parent):
             try:

@@ -145,13 +145,11 @@ def find_checkpoint(args, files):
     checkpoint's flags are not the run's; CheckpointError where --resume FILE cannot be read.
     """
     if not args.resume:
-        existing = [path for path in (*files.steps(), files.best, files.final) if path.exists()]
+        existing = files.checkpoints()
         if existing and not args.overwrite:
             raise UsageError(
                 f"this run exists ({existing[0]}): --resume continues it, --overwrite starts anew"
             )
-        for path in existing:
-            path.unlink(missing_ok=True)
         return None, []
     notes = []
     for path in files.steps() if args.resume == "auto" else [Path(args.resume)]:
