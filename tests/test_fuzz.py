@@ -37,7 +37,8 @@ for config in CONFIGS.values():
     config.transformer.update(num_layers=1, num_heads=2, mlp_dim=16)
 digits = data_utils.Dataset(
     torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10,
-    torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 10, list("0123456789")
+    torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 10,
+    list("0123456789"),
 )
 data_utils._digits = lambda: digits
 urllib.request.urlopen = unittest.mock.Mock(side_effect=urllib.error.URLError("no network"))
