@@ -215,9 +215,10 @@ def main():
     named = {pretrained._google_name(k): v for k, v in model.state_dict().items()}
     shapes = {k: pretrained._google_shape(k, tuple(v.shape), 2) for k, v in named.items()}
     np.savez("google.npz", **{k: np.zeros(shape, np.float32) for k, shape in shapes.items()})
+    return 0
 train.main = main
 """
-    forks.run([], folder, setup, check=False)
+    forks.run([], folder, setup)
     files = {"step": step, "weights": best, "npz": folder / "google.npz"}
     return {kind: file.read_bytes() for kind, file in files.items()}
 
