@@ -122,6 +122,7 @@ def serve():
 
     import numpy as np
     import torch
+    import torch._dynamo  # by the optimizer
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import train

@@ -265,6 +265,26 @@ def test_nothing_serves_tensorboard_to_the_public():
 # Full and read-only disks
 
 
+def test_order_of_a_save(tmp_path, monkeypatch):
+    """Temporary file in the same folder, its fsync, the rename, the folder's fsync."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        assert load_checkpoint(source, digest_required=True)["model"] == {"w": 1}
+        done.append((str(source), str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    target = str(tmp_path / "a.bin")
+    save_checkpoint({"model": {"w": 1}}, target)
+    assert done == [f"{target}.part", (f"{target}.part", target), str(tmp_path)]
+
+
 @contextmanager
 def mounted(folder, options):
     """A tmpfs at `folder`; yields a function to mount it anew with other options."""
