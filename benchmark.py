@@ -1,81 +1,80 @@
 """Speed and memory against what users would pick instead, as ratios measured side by side.
 
-    python3 benchmark.py [--rows input step eval program memory startup growth] [--json FILE]
+    python3 benchmark.py [--rows input step ...] [--models ViT-B_32 ViT-B_16] [--json FILE]
 
 Peers, as a user would run them: timm's and torchvision's ViT-B with the same dropout, optimizer,
 clipping and autocast type, and the classic input pipeline (PIL transforms in a DataLoader with two
-workers). Every comparison runs its parties in turn, A B A B ..., and prints the median of the
-ratios with their range. `limit` is the share of the rate of one large matrix product of the same
-type, measured in the same run, that a step's floating-point operations come to.
+workers). The parties of a row run in turn, A B A B ...; `ratio` is the median of the other party's
+time over ours, followed by its range. `limit` is the share of the rate of one large matrix product
+of the same type, taken in turn with the rest, that our floating-point operations come to.
 """
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from functools import cache
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
+from torchvision import models, transforms
 
-from models.modeling import CONFIGS, VisionTransformer
-from models.norms import NORM_TYPES
+from models.configs import CONFIGS, vit_config
+from models.modeling import VisionTransformer
+from models.norms import EPS, NORM_TYPES, AddBias, PreNorm
 from train import make_optimizer, seed_step
 from utils import dist_util
 from utils.data_utils import Resizer, TestBatches, TrainBatches, load_dataset
-from utils.precision import Precision
+from utils.precision import Precision, StepRecord
+from utils.run_logger import RunLogger
 
 PEERS = {
-    "ViT-B_16": ("vit_base_patch16_224", "vit_b_16"),
     "ViT-B_32": ("vit_base_patch32_224", "vit_b_32"),
+    "ViT-B_16": ("vit_base_patch16_224", "vit_b_16"),
 }
-CLASSES, SIDE = 10, 224
+CLASSES, SIDE, PRODUCT = 10, 224, 4096
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    rows = {
-        "input": input_rows,
-        "step": step_rows,
-        "eval": evaluation_rows,
-        "program": program_rows,
-        "memory": memory_rows,
-        "startup": startup_rows,
-        "growth": growth_rows,
-    }
-    parser.add_argument(
-        "--rows", nargs="+", choices=rows, default=list(rows), help="what to measure"
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=PEERS, default=["ViT-B_32"])
-    parser.add_argument("--batch", type=int, default=32, help="images per training step")
-    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each party")
-    parser.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or digits")
-    parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # one memory measurement
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure")
+    add("--models", nargs="+", choices=PEERS, default=list(PEERS))
+    add("--batch", type=int, default=32, help="images per training step")
+    add("--repeats", type=int, default=5, help="counted turns")
+    add("--dataset", default="cifar10", help="cifar10, cifar100 or digits")
+    add("--data_dir", default="data")
+    add("--json", metavar="FILE", help="write the figures there too")
+    add("--peak", metavar="JSON", help=argparse.SUPPRESS)  # one measurement of memory
     args = parser.parse_args()
     args.device = dist_util.init(argparse.Namespace(gpu_id="0", local_rank=-1))
     args.half = torch.float16 if args.device.type == "cuda" else torch.bfloat16
     if args.peak:
-        print(peak_memory(args, *args.peak))
+        print(peak_memory(args, **json.loads(args.peak)))
         return
     figures = []
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     for name in args.rows:
-        for row in rows[name](args):
+        for row in ROWS[name](args):
             figures.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1))
+            if args.json:  # after each row: a benchmark cut short leaves what it has
+                Path(args.json).write_text(json.dumps(figures, indent=1))
+
+
+# Measuring
 
 
 def timed(run, device):
@@ -100,49 +99,76 @@ def in_turn(parties, args):
             taken = timed(run, args.device)
             if turn:
                 seconds[name].append(taken)
+            time.sleep(0.5)  # a DataLoader's workers refill their queue: not in others' time
     return seconds
 
 
-def compare(label, parties, args, **more):
-    """Rows: the last party is ours; each other one's time over ours, run by run."""
-    seconds = in_turn(parties, args)
+def compare(label, parties, args, limit=None, **more):
+    """One row per party but the last, which is ours: the other's time over ours, turn by turn.
+
+    limit: a type; adds our share of its matrix-product rate. more: name=function(our seconds).
+    """
     ours = list(parties)[-1]
+    if limit:
+        a, b = (torch.randn(PRODUCT, PRODUCT, device=args.device).to(limit) for _ in range(2))
+        seconds = in_turn({"product": lambda: a @ b} | parties, args)
+        rate = 2 * PRODUCT**3 / statistics.median(seconds.pop("product"))
+        flops = count_flops(parties[ours])
+        more["limit"] = lambda s: flops / s / rate
+    else:
+        seconds = in_turn(parties, args)
+    extra = {key: shorter(f(statistics.median(seconds[ours]))) for key, f in more.items()}
     for name in list(parties)[:-1]:
         ratios = [theirs / own for theirs, own in zip(seconds[name], seconds[ours])]
         yield {
             "row": label,
             "ours": ours,
             "against": name,
-            "times_as_fast": round(statistics.median(ratios), 3),
-            "range": f"{min(ratios):.2f}..{max(ratios):.2f}",
-            **{
-                key: round(value(statistics.median(seconds[ours])), 3)
-                for key, value in more.items()
-            },
+            "ratio": shorter(statistics.median(ratios)),
+            "range": f"{min(ratios):.3g}..{max(ratios):.3g}",
+            **extra,
         }
 
 
-@cache
-def matmul_rate(dtype, device):
-    """Floating-point operations per second of a 4096^3 matrix product."""
-    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
-    return 2 * 4096**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(4))
+def shorter(number):
+    return float(f"{number:.3g}")
+
+
+def count_flops(run):
+    """Floating-point operations of run(): two for each multiply-add of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 # The parties
 
 
-def our_step(args, model_type, level, norm_type="LN", compiled=False, side=SIDE, batch=None):
-    """One training step of ours on random images, as train.py takes it."""
+def our_model(args, config, norm_type="LN", side=SIDE):
     torch.manual_seed(0)
-    model = VisionTransformer(CONFIGS[model_type], side, norm_type, CLASSES).to(args.device).train()
+    model = VisionTransformer(config, side, norm_type, CLASSES).to(args.device)
+    for module in model.modules():
+        if isinstance(module, AddBias):
+            module._set_calls(AddBias.CALIBRATION_CALLS)  # the state of all steps but 8
+    return model
+
+
+def our_step(args, config, level, norm_type="LN", side=SIDE, compiled=False, checkpointing=False):
+    """One training step of ours on random images, as train.py takes it."""
+    model = our_model(args, config, norm_type, side).train()
+    model.transformer.encoder.grad_checkpointing = checkpointing
+    take, precision = stepper(args, model, level, torch.compile(model) if compiled else model)
+    images, labels = random_batch(args, side, dtype=precision.input_dtype)
+    return lambda: take(images, labels)
+
+
+def stepper(args, model, level, forward):
+    """step(images, labels) as in train.py, and its Precision."""
     precision = Precision(model, level, args.half)
     precision.attach(make_optimizer(argparse.Namespace(weight_decay=0.0), precision))
     rates = torch.full((10**5,), 1e-3, device=args.device)
-    forward = torch.compile(model) if compiled else model
-    images, labels = random_batch(args, side, batch, precision.input_dtype)
 
-    def step():
+    def step(images, labels):
         seed_step(0, 0)
         precision.start_step()
         with precision.autocast():
@@ -151,9 +177,7 @@ def our_step(args, model_type, level, norm_type="LN", compiled=False, side=SIDE,
         precision.step(rates, 1.0)
         precision.records.clear()
 
-    for _ in range(8 if norm_type == "Rescale" else 0):  # its first batches calibrate
-        step()
-    return step
+    return step, precision
 
 
 def random_batch(args, side=SIDE, batch=None, dtype=torch.float32):
@@ -169,9 +193,7 @@ def peer(library, model_type):
 
         name, drop = PEERS[model_type][0], 0.1
         return timm.create_model(name, num_classes=CLASSES, pos_drop_rate=drop, proj_drop_rate=drop)
-    import torchvision
-
-    return getattr(torchvision.models, PEERS[model_type][1])(num_classes=CLASSES, dropout=0.1)
+    return getattr(models, PEERS[model_type][1])(num_classes=CLASSES, dropout=0.1)
 
 
 def peer_step(args, library, model_type, half, compiled=False):
@@ -179,36 +201,25 @@ def peer_step(args, library, model_type, half, compiled=False):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     forward = torch.compile(model) if compiled else model
     images, labels = random_batch(args)
-
-    def step():
-        optimizer.zero_grad()
-        with torch.autocast(args.device.type, args.half, enabled=half):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+    return lambda: plain_step(args, model, forward, optimizer, images, labels, half)
 
 
-# The rows
+def plain_step(args, model, forward, optimizer, images, labels, half):
+    optimizer.zero_grad()
+    with torch.autocast(args.device.type, args.half, enabled=half):
+        loss = F.cross_entropy(forward(images), labels)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
-def pil_loader(images, batch, train, workers=2):
-    """The classic pipeline: PIL, ToTensor, Normalize in a DataLoader's worker processes."""
-    if train:
-        resize = transforms.RandomResizedCrop((SIDE, SIDE), scale=(0.05, 1.0))
-    else:
-        resize = transforms.Resize((SIDE, SIDE))
-    steps = [resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
-    dataset = PilImages(images, transforms.Compose(steps))
-    return DataLoader(dataset, batch, shuffle=train, num_workers=workers)
-
-
-class PilImages(torch.utils.data.Dataset):
-    def __init__(self, images, transform):
+class PilImages(Dataset):
+    def __init__(self, images, train):
+        crop = transforms.RandomResizedCrop((SIDE, SIDE), scale=(0.05, 1.0))
+        resize = crop if train else transforms.Resize((SIDE, SIDE))
+        norm = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+        self.transform = transforms.Compose([resize, transforms.ToTensor(), norm])
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-        self.transform = transform
 
     def __len__(self):
         return len(self.images)
@@ -217,127 +228,136 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(self.images[i]), 0
 
 
-def input_rows(args):
-    """Images per second of the input pipeline; both parties use two cores."""
-    dataset = load_dataset(args.dataset, args.data_dir)
-    n = 2048
+def pil_loader(images, batch, train):
+    """The classic pipeline: PIL, ToTensor, Normalize in a DataLoader's worker processes."""
+    dataset = PilImages(images, train)
+    return DataLoader(dataset, batch, shuffle=train, num_workers=2, prefetch_factor=1)
 
+
+def part_of(dataset, n):
+    return type(dataset)(
+        dataset.train_images[:n],
+        dataset.train_labels[:n],
+        dataset.test_images[:n],
+        dataset.test_labels[:n],
+        dataset.classes,
+    )
+
+
+# The rows
+
+
+def input_rows(args):
+    """The input pipeline, 4,096 images a turn; each party has the same two cores."""
+    n, batch = 4096, 128
+    dataset = part_of(load_dataset(args.dataset, args.data_dir), n)
     for train in (True, False):
-        images = (dataset.train_images if train else dataset.test_images)[:n]
+        images = dataset.train_images if train else dataset.test_images
         for dtype in (torch.float32, args.half):
             resizer = Resizer(SIDE, args.device, dtype)
-            if train:
-                batches = TrainBatches(dataset, 128, resizer, 0, args.device)
+            train_batches = TrainBatches(dataset, batch, resizer, 0, args.device)
+            test_batches = TestBatches(dataset, batch, resizer, args.device)
+            # The loader's start is not counted: one iterator serves all turns.
+            loader = iter(pil_loader(images.repeat(args.repeats + 2, 1, 1, 1), batch, train))
 
-                def ours(batches=batches):
-                    for i in range(n // 128):
-                        batches(i)
-            else:
-                part = type(dataset)(images, images[:, 0, 0, 0], images, images[:, 0, 0, 0], [])
-                batches = TestBatches(part, 128, resizer, args.device)
+            def pil(loader=loader):
+                for _ in range(n // batch):
+                    next(loader)
 
-                def ours(batches=batches):
-                    for _ in batches:
-                        pass
+            def ours(train=train, made=train_batches, test_batches=test_batches):
+                for _ in (made(i) for i in range(n // batch)) if train else test_batches:
+                    pass
 
-            # The loader's start-up is not counted: its workers live as long as its iterator.
-            loader = pil_loader(images.repeat(args.repeats + 2, 1, 1, 1), 128, train)
-            iterator = iter(loader)
-
-            def theirs(iterator=iterator):
-                for _ in range(n // 128):
-                    next(iterator)
-
-            kind = "train" if train else "test"
-            parties = {"PIL, 2 workers": theirs, f"{dtype}": ours}
-            yield from compare(f"input {kind}", parties, args, images_per_s=lambda s: n / s)
+            name = f"{'fp32' if dtype == torch.float32 else 'half'}"
+            label = f"input, {'train' if train else 'test'}"
+            parties = {"PIL, 2 workers": pil, name: ours}
+            yield from compare(label, parties, args, images_per_s=lambda s: n / s)
+            del loader, pil
 
 
 def step_rows(args):
+    """Training steps against timm's and torchvision's."""
     for model_type in args.models:
+        config = CONFIGS[model_type]
         for level, half in (("O0", False), ("O2", True)):
             parties = {
                 "timm": peer_step(args, "timm", model_type, half),
                 "torchvision": peer_step(args, "torchvision", model_type, half),
-                f"LN {level}": our_step(args, model_type, level),
+                f"LN {level}": our_step(args, config, level),
             }
-            yield from compare(
-                f"step {model_type}", parties, args, **limit(args, parties[f"LN {level}"], half)
-            )
-        for level in ("O0", "O2"):
-            for norm_type in NORM_TYPES:
-                if norm_type != "LN":
-                    parties = {
-                        f"LN {level}": our_step(args, model_type, level),
-                        f"{norm_type} {level}": our_step(args, model_type, level, norm_type),
-                    }
-                    yield from compare(f"step {model_type}", parties, args)
+            dtype = args.half if half else torch.float32
+            yield from compare(f"step, {model_type}", parties, args, dtype)
+
+
+def compiled_rows(args):
+    for model_type in args.models:
+        config = CONFIGS[model_type]
         parties = {
             "timm compiled": peer_step(args, "timm", model_type, True, compiled=True),
-            "LN O2 compiled": our_step(args, model_type, "O2", compiled=True),
-            "LN O2": our_step(args, model_type, "O2"),
+            "LN O2 compiled": our_step(args, config, "O2", compiled=True),
+            "LN O2": our_step(args, config, "O2"),
         }
-        yield from compare(f"step {model_type}", parties, args)
+        yield from compare(f"step, {model_type}", parties, args)
 
 
-def limit(args, step, half):
-    """For `compare`: the share of the matrix-product rate that `step` comes to."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops = counter.get_total_flops()
-    rate = matmul_rate(args.half if half else torch.float32, args.device)
-    return {"limit": lambda seconds: flops / seconds / rate}
+def norm_rows(args):
+    """Norm types against LN; LN once more with its last block computed for all tokens, as BN and
+    GN, whose final norms read them all, have to."""
+    NORM_TYPES["LN, all tokens"] = PreNorm(
+        partial(nn.LayerNorm, eps=EPS), per_token=lambda block: False
+    )
+    for model_type in args.models:
+        for level in ("O0", "O2"):
+            parties = {
+                f"{name} {level}": our_step(args, CONFIGS[model_type], level, name)
+                for name in sorted(NORM_TYPES, key="LN".__eq__)  # LN last
+            }
+            yield from compare(f"norm types, {model_type}", parties, args)
+    del NORM_TYPES["LN, all tokens"]
 
 
 def evaluation_rows(args):
     for model_type in args.models:
-        model = VisionTransformer(CONFIGS[model_type], SIDE, "LN", CLASSES).to(args.device).eval()
-        ours_half = Precision(model, "O2", args.half)
-        theirs = peer("timm", model_type).to(args.device).to(args.half).eval()
-        images, _ = random_batch(args, batch=128, dtype=ours_half.input_dtype)
+        model = our_model(args, CONFIGS[model_type]).eval()
+        precision = Precision(model, "O2", args.half)
+        theirs = peer("timm", model_type).to(args.device, args.half).eval()
+        images, _ = random_batch(args, batch=128, dtype=precision.input_dtype)
 
         @torch.inference_mode()
         def evaluate(model, images=images):
             model(images)
 
         parties = {"timm": lambda m=theirs: evaluate(m), "LN half": lambda m=model: evaluate(m)}
-        yield from compare(
-            f"evaluation {model_type}", parties, args, images_per_s=lambda s: 128 / s
-        )
+        label = f"evaluation, {model_type}"
+        yield from compare(label, parties, args, args.half, images_per_s=lambda s: 128 / s)
 
 
 def program_rows(args):
-    """Input, steps and evaluation in the reference's proportion: 100 steps of 128 to 10,000 test
-    images, scaled down to 2 steps of `batch`."""
+    """Input, steps and evaluation in the reference's proportion, 100 steps of 128 to 10,000 test
+    images, scaled down to two steps."""
     dataset = load_dataset(args.dataset, args.data_dir)
-    tested = round(2 * args.batch * 10000 / 12800)
+    tested = 2 * args.batch * 10000 // 12800
     for model_type in args.models:
-        step = our_program(args, model_type, dataset, tested)
-        parties = {"PIL + timm fp32": pil_program(args, model_type, dataset, tested), "O2": step}
-        yield from compare(f"program {model_type}", parties, args)
+        parties = {
+            "PIL + timm fp32": pil_program(args, model_type, dataset, tested),
+            "O2": our_program(args, model_type, part_of(dataset, tested), dataset),
+        }
+        yield from compare(f"program, {model_type}", parties, args)
 
 
-def our_program(args, model_type, dataset, tested):
-    torch.manual_seed(0)
-    model = VisionTransformer(CONFIGS[model_type], SIDE, "LN", CLASSES).to(args.device)
-    precision = Precision(model, "O2", args.half)
-    precision.attach(make_optimizer(argparse.Namespace(weight_decay=0.0), precision))
-    rates = torch.full((10**5,), 1e-3, device=args.device)
+def our_program(args, model_type, tested, dataset):
+    model = our_model(args, CONFIGS[model_type])
+    step, precision = stepper(args, model, "O2", model)
     resizer = Resizer(SIDE, args.device, precision.input_dtype)
     batches = TrainBatches(dataset, args.batch, resizer, 0, args.device)
-    labels = dataset.test_labels[:tested]
-    part = type(dataset)(dataset.train_images, [], dataset.test_images[:tested], labels, [])
-    test_batches = TestBatches(part, 128, resizer, args.device)
+    test_batches = TestBatches(tested, 128, resizer, args.device)
 
     def program():
         model.train()
         for i in range(2):
-            precision.start_step()
-            precision.backward(model(*batches(i)))
-            precision.step(rates, 1.0)
-        precision.read()
+            step(*batches(i))
+        model.eval()
         with torch.inference_mode():
-            model.eval()
             sum((model(x)[0].argmax(1) == y).sum() for x, y in test_batches).item()
 
     return program
@@ -346,93 +366,173 @@ def our_program(args, model_type, dataset, tested):
 def pil_program(args, model_type, dataset, tested):
     model = peer("timm", model_type).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    rounds = args.repeats + 2
-    train = iter(pil_loader(dataset.train_images[: 2 * args.batch * rounds], args.batch, True))
+    count = 2 * args.batch * (args.repeats + 2)
+    train = iter(pil_loader(dataset.train_images[:count], args.batch, True))
     test = pil_loader(dataset.test_images[:tested], 128, False)
 
     def program():
         model.train()
         for _ in range(2):
-            images, labels = next(train)
-            optimizer.zero_grad()
-            F.cross_entropy(model(images.to(args.device)), labels.to(args.device)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            images, labels = (t.to(args.device) for t in next(train))
+            plain_step(args, model, model, optimizer, images, labels, half=False)
+        model.eval()
         with torch.no_grad():
-            model.eval()
             sum((model(x.to(args.device)).argmax(1).cpu() == y).sum() for x, y in test).item()
 
     return program
 
 
 def memory_rows(args):
-    """Peak memory of three training steps, each kind in a process of its own."""
+    """Peak memory of two training steps, each kind in a process of its own."""
     for model_type in args.models:
-        peaks = {
-            kind: child_peak(args, model_type, kind) for kind in ("ours O0", "ours O2", "timm half")
+        kinds = {
+            "O0": {"level": "O0"},
+            "O2": {"level": "O2"},
+            "O2, --grad_checkpointing": {"level": "O2", "checkpointing": True},
+            "timm half": {"library": "timm"},
         }
-        for kind, peak in peaks.items():
+        peaks = {name: child_peak(args, model_type, **kind) for name, kind in kinds.items()}
+        for name, peak in peaks.items():
             yield {
-                "row": f"memory {model_type}",
-                "kind": kind,
-                "GiB": round(peak / 2**30, 3),
-                "of_O0": round(peak / peaks["ours O0"], 3),
+                "row": f"peak memory, {model_type}",
+                "kind": name,
+                "GiB": shorter(peak / 2**30),
+                "ratio": shorter(peak / peaks["O0"]),
             }
 
 
-def child_peak(args, model_type, kind):
-    command = [sys.executable, __file__, "--batch", str(args.batch), "--peak", model_type]
-    return int(subprocess.check_output([*command, *kind.split()], text=True))
+def child_peak(args, model_type="ViT-B_32", **kind):
+    what = json.dumps({"model_type": model_type} | kind)
+    command = [sys.executable, __file__, "--batch", str(args.batch), "--peak", what]
+    return int(subprocess.check_output(command, text=True))
 
 
-def peak_memory(args, model_type, party, kind):
-    """Bytes at the peak beyond those of the imported packages."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if party == "timm":
-        step = peer_step(args, "timm", model_type, half=True)
+def peak_memory(args, model_type, library=None, sizes=None, batch=None, **how):
+    """Bytes at the peak of two training steps, beyond those of the imported packages."""
+    args.batch = batch or args.batch
+    before = highest_resident()
+    if library:
+        step = peer_step(args, library, model_type, half=True)
     else:
-        step = our_step(args, model_type, kind)
-    for _ in range(3):
+        step = our_step(args, vit_config(*sizes) if sizes else CONFIGS[model_type], **how)
+    for _ in range(2):
         step()
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return highest_resident() - before
+
+
+def highest_resident():
+    """Bytes of this process's memory at its peak; getrusage would tell its parent's too."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def startup_rows(args):
-    """Seconds from the command to the end of the first step, of a model that takes none itself."""
-    command = [
-        sys.executable,
-        "train.py",
-        "--name",
-        "startup",
-        "--dataset",
-        "digits",
-        "--overwrite",
-    ]
-    command += "--model_type ViT-Ti_16 --img_size 16 --train_batch_size 1 --num_steps 1".split()
-    parties = {
-        "import torch": [sys.executable, "-c", "import torch"],
-        "train.py, 1 step": command,
-    }
-    runs = {name: lambda c=c: subprocess.run(c, capture_output=True) for name, c in parties.items()}
-    yield from compare("start-up", runs, args)
+    """From the command to the end of a first step that takes next to nothing itself."""
+    train = Path(__file__).with_name("train.py")
+    command = f"{train} --name startup --dataset digits --overwrite --model_type ViT-Ti_16"
+    command += " --img_size 16 --train_batch_size 1 --num_steps 1 --eval_batch_size 360"
+    parties = {"python train.py": command.split(), "import torch": ["-c", "import torch"]}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            name: lambda c=c: subprocess.run(
+                [sys.executable, *c], cwd=folder, check=True, capture_output=True
+            )
+            for name, c in parties.items()
+        }
+        yield from compare("start-up", runs, args)
+
+
+def overhead_rows(args):
+    """Input and logging as shares of the training step that they serve."""
+    dataset = load_dataset(args.dataset, args.data_dir)
+    batches = TrainBatches(
+        dataset, args.batch, Resizer(SIDE, args.device, args.half), 0, args.device
+    )
+    record = StepRecord(1, True, 2.3, 1.0, 1.0, 0.01)
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLogger(Path(folder, "log.txt"), Path(folder, "tb"), True, None)
+        for model_type in args.models:
+            parties = {
+                "input": lambda: batches(0),
+                "logging": lambda: log.log_steps([record], 100.0),
+                "LN O2": our_step(args, CONFIGS[model_type], "O2"),
+            }
+            yield from compare(f"share of a step, {model_type}", parties, args)
+        log.close()
 
 
 def growth_rows(args):
-    """Step time against tokens, depth x width, and batch, in units of a B_32 step at 224."""
-    base = our_step(args, "ViT-B_32", "O2")
-    cases = [("ViT-B_32", side, args.batch) for side in (32, 96, 160, 224, 384)]
-    cases += [("ViT-B_32", 224, batch) for batch in (8, 16, 64)]
-    cases += [(name, 224, args.batch) for name in ("ViT-Ti_16", "ViT-S_16", "ViT-B_16", "ViT-L_32")]
-    for model_type, side, batch in cases:
-        step = our_step(args, model_type, "O2", side=side, batch=batch)
-        with FlopCounterMode(display=False) as counter:
-            step()
-        label = f"growth {model_type} at {side}, batch {batch}"
-        more = {"TFLOP": lambda s, c=counter: c.get_total_flops() / 1e12}
-        yield from compare(label, {"B_32 at 224": base, "this": step}, args, **more)
+    """Step time and memory against tokens, depth, width and batch; the exponents of fitted powers.
 
+    The start is ViT-B_32 at 224 (50 tokens) with `--batch` images, at O2.
+    """
+    series = {
+        "tokens": [
+            ({"side": side}, (side // 32) ** 2 + 1) for side in (32, 96, 160, 224, 288, 384)
+        ],
+        "depth": [({"sizes": (32, 768, n, 12, 3072)}, n) for n in (3, 6, 12, 24)],
+        "width": [({"sizes": (32, d, 12, d // 64, 4 * d)}, d) for d in (192, 384, 768, 1024)],
+        "batch": [({"batch": n}, n) for n in (4, 8, 16, 32, 64)],
+    }
+    for label, cases in series.items():
+        rows = []
+        for case, x in cases:
+            case = dict(case)
+            here = argparse.Namespace(**vars(args) | {"batch": case.pop("batch", args.batch)})
+            config = vit_config(*case.get("sizes", (32, 768, 12, 12, 3072)))
+            step = our_step(here, config, "O2", side=case.get("side", SIDE))
+            seconds = statistics.median(in_turn({"step": step}, here)["step"])
+            rows.append((x, seconds, child_peak(here, level="O2", **case), count_flops(step)))
+            del step
+        table = np.array(rows)
+        for x, seconds, peak, flops in table:
+            yield {
+                "row": f"growth, {label} {x:.0f}",
+                "TFLOP": shorter(flops / 1e12),
+                "time": shorter(seconds / table[-1, 1]),
+                "memory": shorter(peak / table[-1, 2]),
+            }
+        powers = [np.polyfit(np.log(table[-3:, 0]), np.log(table[-3:, i]), 1)[0] for i in (1, 2)]
+        yield {
+            "row": f"growth, {label}, power fitted to the last three",
+            "time": shorter(powers[0]),
+            "memory": shorter(powers[1]),
+        }
+
+
+def cost_rows(args):
+    """Floating-point operations of the reference's recipe, counted on no device at all: 20,000
+    steps of 128 images, and 200 evaluations of 10,000."""
+    for name in [n for n in CONFIGS if n.endswith(("16", "32", "14"))]:
+        with torch.device("meta"):
+            model = VisionTransformer(CONFIGS[name], SIDE, "LN", CLASSES)
+            images, labels = torch.empty(2, 3, SIDE, SIDE), torch.zeros(2, dtype=torch.long)
+        train = count_flops(lambda: model(images, labels).backward()) / 2  # noqa: B023
+        test = count_flops(lambda: model.eval()(images)) / 2  # noqa: B023
+        yield {
+            "row": f"cost, {name}",
+            "training_PFLOP": shorter(train * 20000 * 128 / 1e15),
+            "evaluation_PFLOP": shorter(test * 200 * 10000 / 1e15),
+            "minutes_at_100_TFLOP_per_s": shorter(
+                (train * 20000 * 128 + test * 200 * 10000) / 1e14 / 60
+            ),
+        }
+
+
+ROWS = {
+    "input": input_rows,
+    "overhead": overhead_rows,
+    "startup": startup_rows,
+    "step": step_rows,
+    "norms": norm_rows,
+    "evaluation": evaluation_rows,
+    "program": program_rows,
+    "memory": memory_rows,
+    "compiled": compiled_rows,
+    "growth": growth_rows,
+    "cost": cost_rows,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Draws test loss and test accuracy over the optimizer steps from result logs.
 
-    python3 plot_acc_loss.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F.txt
+    python3 plot_acc_loss.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F_demo.txt
     python3 plot_acc_loss.py output/cifar10_*.txt
 
 One log gives {out_dir}/{norm}_loss_acc.png; several give one comparison, {out_dir}/comparison.png.
@@ -30,14 +30,19 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
 
     A log without an evaluation is left out, and named on stderr.
     """
-    curves = []
+    runs = []
     for run in map(read_log, paths):
         if run.steps:
-            curves.append((_label(run), run.steps, run.loss, run.accuracy))
+            runs.append(run)
         else:
             print(f"plot_acc_loss.py: left out: {run.path} holds no evaluation", file=sys.stderr)
-    if not curves:
+    if not runs:
         raise ValueError("no log holds an evaluation")
+    labels = [_label(run) for run in runs]
+    for i, run in enumerate(runs):
+        if labels.count(_label(run)) > 1:  # two alike are told apart by their files
+            labels[i] = run.path.stem
+    curves = [(label, run.steps, run.loss, run.accuracy) for label, run in zip(labels, runs)]
     return save_figure(comparison_figure(curves), Path(out_dir) / "comparison.png")
 
 

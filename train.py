@@ -7,7 +7,6 @@ torchrun --nproc_per_node 4 train.py --name demo --norm_type LN
 import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from utils.checkpoint import (
     save_weights,
 )
 from utils.data_utils import DataError, Resizer, TestBatches, TrainBatches, load_dataset, resize
+from utils.dist_util import DeviceError
 from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_logger import RunLogger, read_log
 from utils.scheduler import lr_table
@@ -40,6 +40,7 @@ MAX_SKIPPED = 50  # skipped steps in a row that end a run
 
 def main():
     args = parse_args()
+    stop = None if args.eval else StopSignal()
     sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text; stderr does so
     try:
         files = RunFiles(args)
@@ -48,26 +49,37 @@ def main():
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
             torch.use_deterministic_algorithms(True)
         device = dist_util.init(args)
+        if args.fp16 and args.half_dtype == "auto":
+            args.half_dtype = "fp16" if device.type == "cuda" else "bf16"
         if args.eval:
             evaluate_run(args, files, device)
             return 0
-        with lock(files.lock, active=dist_util.is_main()):
-            return train(args, files, device)
-    except (UsageError, DataError, PretrainedError, CheckpointError) as error:
+        main_process = dist_util.is_main()
+        with lock(files.lock, main_process), lock(files.tensorboard_lock, main_process):
+            return train(args, files, device, stop)
+    except (UsageError, DataError, PretrainedError, CheckpointError, DeviceError) as error:
         sys.stderr.write(f"train.py: error: {error}\n")
     except OSError as error:
         sys.stderr.write(f"train.py: error: {error.filename or 'file'}: {error.strerror}\n")
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no type of its own for the CPU's
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sys.stderr.write(
+            "train.py: error: not enough memory: lower --train_batch_size, --eval_batch_size or"
+            " --img_size, raise --gradient_accumulation_steps, or use --grad_checkpointing\n"
+        )
+    except KeyboardInterrupt:
+        return 130
     finally:
         dist_util.shutdown()
     return 2
 
 
-def train(args, files, device):
+def train(args, files, device, stop):
     """One run, from its start or its newest checkpoint to its end; returns the exit status."""
     if args.resume == "auto" and is_finished(files.log):
         print(f"{files.log} is finished: nothing to do")
         return 0
-    stop = StopSignal()
     saved, notes = find_checkpoint(args, files)
 
     # The experiment: data, model, optimizer, schedule
@@ -79,8 +91,9 @@ def train(args, files, device):
             auto = args.pretrained_dir == "auto"
             weights_file = download(args.model_type) if auto else args.pretrained_dir
         notes += load_pretrained(model, weights_file)
+    model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     model.to(device)
-    precision = make_precision(args, model, device)
+    precision = make_precision(args, model)
     precision.attach(make_optimizer(args, precision))
     learning_rates = lr_table(
         args.decay_type, args.learning_rate, args.warmup_steps, args.num_steps
@@ -95,17 +108,19 @@ def train(args, files, device):
     run = {"step": 0, "window": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     if saved:
-        run = restore(saved, precision, device)
+        run = restore(saved, precision)
+        if not files.best.exists():  # as it is where --resume FILE goes on under another name
+            run["best_accuracy"] = 0.0
     is_saved = (run["step"], run["evaluated"]) if saved else None
     if args.overwrite and dist_util.is_main():  # only now: all that the new run needs is at hand
         for path in files.checkpoints():
             path.unlink()
     began = time.monotonic() - run["seconds"]
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
-    if saved:
-        log.info(f"Resumed from step {run['step']}")
-    else:
+    if log.is_new:
         log.log_head(args, CONFIGS[args.model_type], model, device, dist_util.world_size())
+    if saved:
+        log.log_resumed(run["step"])
     for note in notes:
         log.info(note)
 
@@ -214,13 +229,15 @@ def evaluate_run(args, files, device):
     image = resize(dataset.test_images[:1], args.img_size)
     title = dataset.classes[dataset.test_labels[0]]
     figures = plot_attention(model, image, args.norm_type, title=title)
-    with suppress(ValueError, OSError):  # no log beside the checkpoint, or one without evaluations
+    try:
         figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"No figure of loss and accuracy: {error}")
 
     model = make_model(args, len(dataset.classes))
     load_weights(model, saved["model"], files.best)
     model.to(device)
-    precision = make_precision(args, model, device)
+    precision = make_precision(args, model)
     resizer = Resizer(args.img_size, device, precision.input_dtype)
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device)
     loss, accuracy = evaluate(model, test_batches, precision)
@@ -242,13 +259,10 @@ def make_model(args, num_classes, vis=False):
     )
 
 
-def make_precision(args, model, device):
-    half_dtype = args.half_dtype
-    if half_dtype == "auto":
-        half_dtype = "fp16" if device.type == "cuda" else "bf16"
+def make_precision(args, model):
     level = args.fp16_opt_level if args.fp16 else "O0"
     backend = ApexPrecision if args.fp16 and args.amp_backend == "apex" else Precision
-    return backend(model, level, HALF_DTYPES[half_dtype], args.loss_scale)
+    return backend(model, level, HALF_DTYPES.get(args.half_dtype), args.loss_scale)
 
 
 def make_optimizer(args, precision):
@@ -264,15 +278,20 @@ def make_optimizer(args, precision):
     return optimizer
 
 
-def restore(saved, precision, device):
+def restore(saved, precision):
     """Load a checkpoint's content into model, masters and optimizer; returns the run's state."""
+    optimizer, theirs, run = precision.optimizer, saved.get("optimizer"), dict(saved["run"])
     try:
         precision.load_model_state_dict(saved["model"])
         precision.load_state_dict(saved["precision"])
-        precision.optimizer.load_state_dict(saved["optimizer"])
-        group = precision.optimizer.param_groups[0]
-        group["lr"] = group["lr"].to(device)
-        return dict(saved["run"])
+        if int(precision.state["updates"]) != run["step"]:
+            raise ValueError("it contradicts itself")
+        # Into the tensors that there are: no shape, type or hyperparameter comes from the file.
+        optimizer.param_groups[0]["lr"].copy_(theirs["param_groups"][0]["lr"])
+        for i, p in enumerate(precision.masters):
+            for name, tensor in optimizer.state[p].items():
+                tensor.view(-1).copy_(theirs["state"][i][name].view(tensor.numel()))
+        return run
     except Exception:  # a hand-made one fails in a dozen ways
         raise CheckpointError("--resume: the checkpoint does not fit this program") from None
 

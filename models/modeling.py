@@ -3,12 +3,15 @@
 Shapes: B batch, N tokens (patches + 1), D hidden size, H heads, d = D/H head size.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS  # noqa: F401  (the model and its sizes are imported together)
-from models.norms import NORM_TYPES
+from models.norms import NORM_TYPES, checkpoint_contexts
 
 
 class _FastDropout(torch.autograd.Function):
@@ -166,10 +169,21 @@ class Block(nn.Module):
         return self.rule.residual(self, x, y, "ffn"), weights
 
 
+def recomputed(block, *inputs):
+    """block(*inputs), keeping the inputs alone; its gradients compute the rest again.
+
+    Source: Chen et al. 2016. A compiler recomputes without touching statistics by itself.
+    """
+    compiling = torch.compiler.is_compiling()
+    contexts = {} if compiling else {"context_fn": partial(checkpoint_contexts, block)}
+    return checkpoint(block, *inputs, use_reentrant=False, **contexts)
+
+
 class Encoder(nn.Module):
     def __init__(self, config, norm_type, vis):
         super().__init__()
         self.vis = vis
+        self.grad_checkpointing = False
         depth = config.transformer.num_layers
         self.layer = nn.ModuleList(Block(config, norm_type, i, vis) for i in range(depth))
         self.encoder_norm = NORM_TYPES[norm_type].final_norm(config.hidden_size)
@@ -181,7 +195,10 @@ class Encoder(nn.Module):
             # The head reads the class token alone. Where no norm after it looks at the others, the
             # last block's output and MLP need not be computed for them.
             class_only = block is last and not self.vis and last.rule.per_token(last)
-            x, weights = block(x, class_only)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, weights = recomputed(block, x, class_only)
+            else:
+                x, weights = block(x, class_only)
             if self.vis:
                 attention_weights.append(weights)
         return self.encoder_norm(x), attention_weights

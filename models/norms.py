@@ -11,6 +11,7 @@ called by ``models.modeling.Block`` and ``Encoder``.
 """
 
 import math
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -97,7 +98,7 @@ class PreNorm:
     """x <- x + F(norm(x)), one norm layer per branch and one after the last block."""
 
     def __init__(self, layer, per_token):
-        self.layer, self._per_token = layer, per_token
+        self.layer, self.per_token = layer, per_token
 
     def install(self, block, dim, index, depth):
         block.attention_norm = self.layer(dim)
@@ -108,9 +109,6 @@ class PreNorm:
 
     def residual(self, block, x, y, branch):
         return x + y
-
-    def per_token(self, block):
-        return self._per_token
 
     def final_norm(self, dim):
         return self.layer(dim)
@@ -148,11 +146,37 @@ class Rescale:
 
 
 NORM_TYPES = {
-    "LN": PreNorm(lambda dim: nn.LayerNorm(dim, eps=EPS), per_token=True),
-    "BN": PreNorm(BatchNorm, per_token=False),
-    "GN": PreNorm(GroupNorm, per_token=False),
+    "LN": PreNorm(lambda dim: nn.LayerNorm(dim, eps=EPS), per_token=lambda block: True),
+    "BN": PreNorm(BatchNorm, per_token=lambda block: not block.training),
+    "GN": PreNorm(GroupNorm, per_token=lambda block: False),
     "Rescale": Rescale(),
 }
+
+
+def checkpoint_contexts(block):
+    """Contexts for `torch.utils.checkpoint`, to be made before the forward pass of `block`.
+
+    The recomputation works on a copy of the statistics that the forward pass found: BatchNorm and
+    AddBias do the same again, and their statistics move once.
+    """
+    norms = [m for m in block.modules() if m._buffers]
+    found = [
+        vars(m) | {"_buffers": {name: buffer.clone() for name, buffer in m._buffers.items()}}
+        for m in norms
+    ]
+
+    @contextmanager
+    def recomputation():
+        left = [vars(m).copy() for m in norms]
+        for m, state in zip(norms, found):
+            vars(m).update(state)
+        try:
+            yield
+        finally:
+            for m, state in zip(norms, left):
+                vars(m).update(state)
+
+    return nullcontext(), recomputation()
 
 
 def calibrating(model):

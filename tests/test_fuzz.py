@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -136,7 +137,14 @@ VALID = {
         lambda name: name.replace("-", "_", 1) if name.startswith("-") else name
     ),
 }
-SWITCHES = ["--fp16", "--deterministic", "--resume", "--overwrite", "--eval"]
+SWITCHES = [
+    "--fp16",
+    "--grad_checkpointing",
+    "--deterministic",
+    "--resume",
+    "--overwrite",
+    "--eval",
+]
 PATHS = ["", ".", "none", "/dev/null", "/proc/self/mem", "/proc/1/none", "x" * 300, "ü/é", "\udcff"]
 PATHS += ["printed.txt", "[*]", "~", "a b"]
 INSIDE = TEXT.map(lambda text: text.replace("/", "_").replace("..", "_"))
@@ -181,11 +189,13 @@ def takes_long(args):
 def test_command_lines(forks, folder):
     counts = {"refused": 0, "run": 0}
 
-    @fuzz(COMMAND_LINES)
+    @fuzz(COMMAND_LINES * 11 // 10)
     @given(command_lines(), st.sampled_from([[], ["--resume"], ["--overwrite"], ["--eval"]]))
     def check(args, again):
-        if takes_long(args):
-            args = BASE
+        if takes_long(args):  # hours: its flags alone are read
+            with suppress(SystemExit):
+                parse_args(args)
+            return
         place = folder()
         was_run = run(forks, args, place)
         counts["run" if was_run else "refused"] += 1
@@ -206,7 +216,7 @@ def originals(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     forks.run([*BASE, "--stop_after", "1"], folder)
     forks.run([*BASE, "--resume"], folder)
-    (step,) = folder.glob("output/*_step_2.bin")
+    (step,) = folder.glob("output/*_step_1.bin")
     (best,) = folder.glob("output/*_final.bin")
     setup = """
 from models import pretrained

@@ -322,3 +322,43 @@ def test_compiled_by_inductor():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
     for p, q in zip(model.buffers(), eager.buffers()):
         assert torch.equal(p, q)
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def trained(norm_type, checkpointing, compiled=False):
+    """Gradients of 11 training batches, calibration included, and the state dict after them."""
+    model = small_model(norm_type, dropout=0.1)
+    model.transformer.encoder.grad_checkpointing = checkpointing
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="aot_eager") if compiled else model
+    grads = []
+    for i in range(11):
+        torch.manual_seed(i)
+        (model if calibrating(model) else fast)(*batch(i)).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                grads.append(p.grad)
+                p -= 0.1 * p.grad
+                p.grad = None
+    return grads, model.state_dict()
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_checkpointing_changes_nothing(norm_type):
+    """Truth: the same batches without it, to the bit: gradients, weights, statistics, counts."""
+    (grads, state), (expected, expected_state) = (trained(norm_type, on) for on in (True, False))
+    assert all(map(torch.equal, grads, expected))
+    for name, value in state.items():
+        assert torch.equal(value, expected_state[name]), name
+
+
+@pytest.mark.parametrize("norm_type", ["BN", "Rescale"])
+def test_checkpointing_under_compile(norm_type):
+    """Truth: the same, compiled, without it."""
+    (grads, state), (expected, expected_state) = (
+        trained(norm_type, on, compiled=True) for on in (True, False)
+    )
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)

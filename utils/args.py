@@ -7,9 +7,11 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 from models.configs import CONFIGS
 from models.norms import NORM_TYPES
+from utils import dist_util
 from utils.data_utils import DATASETS
 from utils.precision import HALF_DTYPES, LEVELS
 from utils.scheduler import SCHEDULES
@@ -18,7 +20,7 @@ from utils.scheduler import SCHEDULES
 # may change when a run is resumed.
 OPERATIONAL = (
     "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
-    " stop_after log_every"
+    " stop_after log_every grad_checkpointing"
 ).split()
 IN_REFERENCE_NAME = ("model_type", "norm_type", "fp16", "img_size")
 
@@ -56,6 +58,12 @@ def _name(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not allowed: 1 to 60 letters, digits and . _ + = @ - (no leading dot)"
         )
+    return text
+
+
+def _path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not allowed: a path")
     return text
 
 
@@ -111,6 +119,7 @@ def build_parser():
     add(
         "--pretrained_dir",
         metavar="FILE",
+        type=_path,
         help="weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)",
     )
     add("--img_size", default=224, type=_number(int, 1, 4096), help="side of the input, pixels")
@@ -159,7 +168,7 @@ def build_parser():
         "--loss_scale",
         default=0.0,
         type=_number(float, 0, 2.0**24),
-        help="0: dynamic (fp16) or none (bf16); else a static scale",
+        help="of O1 and O2, 0: dynamic (fp16) or none (bf16); else a static scale",
     )
     add(
         "--half_dtype",
@@ -174,23 +183,26 @@ def build_parser():
         help="apex needs an installed apex that still has apex.amp",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile")
+    add(
+        "--grad_checkpointing",
+        action="store_true",
+        help="less memory, a third more time: compute each block again for its gradients",
+    )
 
     add = parser.add_argument_group("evaluation and files").add_argument
     add("--eval_every", default=100, type=count, help="optimizer steps between evaluations")
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
     add("--eval", action="store_true", help="evaluate the run's best checkpoint, draw its figures")
-    add("--output_dir", default="output", help="where result logs and checkpoints go")
-    add("--data_dir", default="data", help="where CIFAR is, or is downloaded to")
+    add("--output_dir", default="output", type=_path, help="where result logs and checkpoints go")
+    add("--data_dir", default="data", type=_path, help="where CIFAR is, or is downloaded to")
     add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
     add(
         "--save_every",
-        default=None,
         type=count,
-        help="optimizer steps between checkpoints (default: with each evaluation)",
+        help="optimizer steps between checkpoints; if not given, --eval_every",
     )
     add(
         "--stop_after",
-        default=None,
         type=count,
         help="stop, with a checkpoint, after this optimizer step; the schedule stays that of"
         " num_steps",
@@ -200,6 +212,7 @@ def build_parser():
         nargs="?",
         const="auto",
         metavar="FILE",
+        type=_path,
         help="continue the run from its newest good checkpoint, or FILE; from the start if none",
     )
     add("--overwrite", action="store_true", help="start anew though the run's files exist")
@@ -211,8 +224,9 @@ def build_parser():
         "--local-rank",
         default=-1,
         type=int,
-        help="from old launchers; torchrun's wins",
+        help="accepted from old launchers; torchrun's environment decides",
     )
+    parser.set_defaults(processes=1)  # no flag, but it decides results like one
     return parser
 
 
@@ -231,6 +245,11 @@ def parse_args(argv=None):
             f"argument --train_batch_size: {args.train_batch_size} is not divisible by"
             f" --gradient_accumulation_steps {args.gradient_accumulation_steps}"
         )
+    if args.fp16 and args.loss_scale and args.fp16_opt_level in ("O0", "O3"):
+        parser.error(
+            f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
+            f" {args.fp16_opt_level}: O1 and O2 scale the loss"
+        )
     if args.resume and args.overwrite:
         parser.error("argument --overwrite: not together with --resume")
     if args.amp_backend == "apex":
@@ -242,6 +261,8 @@ def parse_args(argv=None):
                 " in 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
             )
     args.save_every = args.save_every or args.eval_every
+    if dist_util.launched():
+        args.processes = int(os.environ["WORLD_SIZE"])
     return args
 
 
@@ -265,6 +286,7 @@ class RunFiles:
         self.best = self.output_dir / f"{self.run_name}_checkpoint.bin"
         self.final = self.output_dir / f"{self.run_name}_final.bin"
         self.lock = self.output_dir / f"{self.run_name}.lock"
+        self.tensorboard_lock = Path("logs") / f"{self.run_name}.lock"
 
     def step(self, step):
         """The checkpoint that continues after `step`."""
@@ -281,6 +303,10 @@ class RunFiles:
         """All of the run's checkpoints that exist."""
         return [path for path in (*self.steps(), self.best, self.final) if path.exists()]
 
+    def existing(self):
+        """A file that shows that the run was begun, or None."""
+        return next((path for path in (*self.checkpoints(), self.log) if path.exists()), None)
+
     def check_writable(self):
         for folder in (self.output_dir, self.tensorboard.parent):
             try:
@@ -296,7 +322,10 @@ class RunFiles:
 
 def result_flags(args):
     """The flags that decide a run's result, as a dict of plain values."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in OPERATIONAL}
+    operational = set(OPERATIONAL)
+    if args.compile:  # a compiler fuses, and so rounds, differently where it recomputes
+        operational.remove("grad_checkpointing")
+    return {k: v for k, v in sorted(vars(args).items()) if k not in operational}
 
 
 def _non_default(args):
@@ -309,9 +338,9 @@ def _non_default(args):
     if not args.fp16:  # without --fp16 these have no effect
         for k in ("fp16_opt_level", "loss_scale", "half_dtype", "amp_backend"):
             flags.pop(k, None)
-    source = flags.pop("pretrained_dir", None)
-    if source and Path(source).name not in ("auto", f"{args.model_type}.npz"):
-        flags["from"] = re.sub(r"[^A-Za-z0-9._+=@-]", "-", Path(source).stem)
+    source = os.path.normpath(flags.pop("pretrained_dir", None) or "auto")
+    if source not in ("auto", os.path.join("pretrain", f"{args.model_type}.npz")):
+        flags["from"] = quote(os.fsencode(source), safe="")
     return flags
 
 

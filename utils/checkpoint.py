@@ -145,10 +145,10 @@ def find_checkpoint(args, files):
     checkpoint's flags are not the run's; CheckpointError where --resume FILE cannot be read.
     """
     if not args.resume:
-        existing = files.checkpoints()
-        if existing and not args.overwrite:
+        if files.existing() and not args.overwrite:
             raise UsageError(
-                f"this run exists ({existing[0]}): --resume continues it, --overwrite starts anew"
+                f"this run exists ({files.existing()}): --resume continues it, --overwrite starts"
+                " anew"
             )
         return None, []
     notes = []
@@ -161,6 +161,7 @@ def find_checkpoint(args, files):
             if args.resume != "auto":
                 raise CheckpointError(f"--resume {error}") from None
             notes.append(f"{error}; passed over")
+    print(f"--resume: {args.output_dir} holds no good checkpoint of these flags: from the start")
     return None, notes
 
 

@@ -8,6 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+
+class DeviceError(ValueError):
+    """The device that the flags ask for is not there; the message is one line for the user."""
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -27,11 +32,13 @@ def launched():
 def init(args):
     """Join the process group, if there is one; returns this process's device."""
     keep_freed_memory()
-    if not launched():
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu_id
-    local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank if launched() else 0)
+        number = int(os.environ["LOCAL_RANK"] if launched() else args.gpu_id)
+        if number >= torch.cuda.device_count():
+            raise DeviceError(
+                f"--gpu_id {number}: the GPUs here are 0 to {torch.cuda.device_count() - 1}"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available():
         device = torch.device("mps")

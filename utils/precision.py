@@ -19,6 +19,7 @@ from torch import nn
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = ("O0", "O1", "O2", "O3")
+PARAMETERS_AT_ONCE = 12  # a block's: no more fp32 gradients than these exist during a step
 INITIAL_SCALE, MAX_SCALE, CLEAN_STEPS = 2.0**16, 2.0**24, 2000
 
 
@@ -108,10 +109,11 @@ class Precision:
         loss = loss / accumulation
         self.loss += loss.detach()
         (loss * self.state["scale"] if self.scaled else loss).sum().backward()
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:  # accumulated in fp32, each batch's half gradient freed
-                grad, weight.grad = weight.grad, None
-                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+        if accumulation > 1:  # added up in fp32
+            for weight, master in zip(self.weights, self.masters):
+                if master is not weight:
+                    grad, weight.grad = weight.grad, None
+                    master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
     @torch.no_grad()
     def step(self, lr_table, max_grad_norm):
@@ -120,8 +122,11 @@ class Precision:
         lr_table (num_steps + 1,) holds the learning rate of each update, on the device.
         """
         state, scale = self.state, self.state["scale"].clone()
-        grad_norm = nn.utils.get_total_norm([m.grad for m in self.masters]).float() / scale
-        nn.utils.clip_grads_with_norm_(self.masters, max_grad_norm, grad_norm[0])
+        pairs = list(zip(self.weights, self.masters))
+        grads = [weight.grad if master.grad is None else master.grad for weight, master in pairs]
+        self.optimizer.zero_grad()  # `grads` has them
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
         finite = grad_norm.isfinite() & self.loss.isfinite()
         if not self.scaled:
             finite = state["healthy"].logical_and_(finite)
@@ -130,11 +135,17 @@ class Precision:
         # PyTorch's fused optimizers unscale and skip by themselves, as its GradScaler has them do.
         self.optimizer.grad_scale = scale if self.scaled else None
         self.optimizer.found_inf = 1 - finite.float()
-        self.optimizer.step()
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                weight.copy_(master)
-            master.grad = None
+        for start in range(0, len(pairs), PARAMETERS_AT_ONCE):
+            some = pairs[start : start + PARAMETERS_AT_ONCE]
+            for i, (weight, master) in enumerate(some, start):
+                weight.grad = None
+                master.grad, grads[i] = grads[i].to(master.dtype), None
+            nn.utils.clip_grads_with_norm_([m for _, m in some], max_grad_norm, grad_norm[0])
+            self.optimizer.step()  # of those that have a gradient
+            for weight, master in some:
+                if master is not weight:
+                    weight.copy_(master)
+                master.grad = None
 
         self._restore_buffers(finite)
         if self.dynamic:

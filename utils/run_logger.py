@@ -52,7 +52,7 @@ class RunLogger:
         active: bool = True,
         resume: dict | None = None,
     ):
-        self.active = active
+        self.active, self.is_new = active, active
         if not active:
             return
         self.log_file, self.tensorboard_dir = Path(log_file), Path(tensorboard_dir)
@@ -61,6 +61,7 @@ class RunLogger:
             self.log_file.write_text("")
         elif self.log_file.exists():
             _drop_beyond(self.log_file, resume["evaluated"], resume["skipped"])
+            self.is_new = self.log_file.stat().st_size == 0
         # TensorBoard hides what an earlier process wrote into the folder from the purge step on.
         self._open_tensorboard(purge_step=0 if resume is None else resume["step"] + 1)
 
@@ -91,6 +92,9 @@ class RunLogger:
             f" {args.train_batch_size * world_size}"
         )
         self.info(f"  Gradient Accumulation steps = {args.gradient_accumulation_steps}")
+
+    def log_resumed(self, step: int) -> None:
+        self.info(f"Resumed from step {step}: {_environment()}")
 
     def log_steps(self, records, images_per_s: float) -> None:
         """Adds the StepRecords of training steps to TensorBoard; a skipped step has no point."""
@@ -160,6 +164,8 @@ class RunLogger:
         with _naming(self.log_file):
             with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         tqdm.write(line, file=sys.stderr)
 
     def _open_tensorboard(self, purge_step: int | None = None) -> None:
@@ -357,5 +363,8 @@ def _drop_beyond(log_file: Path, evaluated: int, skipped: int) -> None:
     number = itertools.count(1)
     text = SKIPPED.sub(lambda note: note[0] if next(number) <= skipped else "", text)
     temporary = log_file.with_name(log_file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, log_file)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from utils import dist_util
 
@@ -19,8 +20,11 @@ class StopSignal:
 
     def _handle(self, number, frame):
         if self.received:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
+            # torchrun passes on a signal that all processes of a job may have got already.
+            if dist_util.world_size() == 1 or time.monotonic() > self.time + 2:
+                os._exit(128 + number)
+            return
+        self.received, self.time = signal.Signals(number), time.monotonic()
 
     @property
     def now(self):
