@@ -5,6 +5,7 @@ torchrun --nproc_per_node 4 train.py --name demo --norm_type LN
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from utils.scheduler import lr_table
 from utils.stop_signal import StopSignal
 
 MAX_SKIPPED = 50  # skipped steps in a row that end a run
+OUT_OF_MEMORY = "out of memory|allocate memory|bad_alloc"  # PyTorch has one type for GPUs only
 
 
 def main():
@@ -61,8 +63,8 @@ def main():
         sys.stderr.write(f"train.py: error: {error}\n")
     except OSError as error:
         sys.stderr.write(f"train.py: error: {error.filename or 'file'}: {error.strerror}\n")
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no type of its own for the CPU's
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
             raise
         sys.stderr.write(
             "train.py: error: not enough memory: lower --train_batch_size, --eval_batch_size or"

@@ -134,6 +134,11 @@ def test_checkpoints_of_another_make(forks, stopped, tmp_path):
     """Whole files with a digest, but not what this program writes."""
     (file,) = stopped.glob("output/*_step_6.bin")
     good = torch.load(file, weights_only=True)
+    momenta, first = good["optimizer"]["state"], good["optimizer"]["state"][0]["momentum_buffer"]
+
+    def other_momentum(state):
+        return {"optimizer": good["optimizer"] | {"state": state}}
+
     for change in [
         {"run": 3},
         {"run": {}},
@@ -146,6 +151,12 @@ def test_checkpoints_of_another_make(forks, stopped, tmp_path):
         {"precision": {}},
         {"optimizer": 5},
         {"optimizer": {"state": {}, "param_groups": []}},
+        {"precision": good["precision"] | {"updates": torch.tensor([-5])}},
+        other_momentum({}),
+        other_momentum(momenta | {0: {}}),
+        other_momentum(momenta | {0: {"momentum_buffer": first.flatten()[:1]}}),
+        other_momentum(momenta | {0: {"momentum_buffer": first.to_sparse()}}),
+        other_momentum(momenta | {0: {"momentum_buffer": first.to("meta")}}),
     ]:
         save_checkpoint(good | change, tmp_path / "other.bin")
         done = forks.run([*RUN, "--resume", "other.bin"], tmp_path, check=False)
@@ -433,6 +444,17 @@ def test_log_folders_deleted_mid_run(forks, whole, tmp_path):
     assert "Global Steps: 8" in "\n".join(found["log"])
 
 
+def test_not_enough_memory(tmp_path):
+    """One line, before anything is lost: 64 images of 4096x4096 are 12 GB."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+
+    args = [*TINY, "--img_size", "4096", "--train_batch_size", "64"]
+    done = run(args, tmp_path, check=False, preexec_fn=limit)
+    refused(done, "not enough memory", "--train_batch_size", "--grad_checkpointing")
+
+
 # Two at a time
 
 
@@ -442,9 +464,10 @@ def test_second_process_is_refused(forks, tmp_path):
     first = start(args, tmp_path)
     try:
         wait_for(tmp_path, "output/*.txt", first)
-        second = forks.run([*args, "--resume"], tmp_path, check=False)
-        refused(second, f"process {first.pid} on host {socket.gethostname()}", "under way")
-        assert second.output.count("\n") == 1
+        for more in (["--resume"], ["--output_dir", "other"]):  # which has the same TensorBoard
+            second = forks.run([*args, *more], tmp_path, check=False)
+            refused(second, f"process {first.pid} on host {socket.gethostname()}", "under way")
+            assert second.output.count("\n") == 1
     finally:
         first.kill()
         first.wait(60)

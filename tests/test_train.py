@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from programs import ROOT, TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils import dist_util
 from utils.args import RunFiles, parse_args
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.run_logger import read_log
@@ -53,6 +55,12 @@ MISTAKES = {
     "apex": (["--amp_backend", "apex"], ["--amp_backend", "2025", "native"]),
     "output is a file": (["--output_dir", "a_file"], ["--output_dir", "a_file"]),
     "output unwritable": (["--output_dir", "/proc/here"], ["--output_dir", "/proc/here"]),
+    "loss scale at O3": (
+        ["--fp16", "--fp16_opt_level", "O3", "--loss_scale", "8"],
+        ["--loss_scale", "8", "O1 and O2"],
+    ),
+    "empty path": (["--pretrained_dir", ""], ["--pretrained_dir", "''", "a path"]),
+    "empty checkpoint": (["--resume="], ["--resume", "''"]),
     "no weights": (["--pretrained_dir", "none.npz"], ["--pretrained_dir", "none.npz", "auto"]),
     "no checkpoint": (["--resume", "none.bin"], ["--resume", "none.bin"]),
     "damaged data": (
@@ -218,7 +226,24 @@ def test_existing_run_is_not_overwritten(finished):
     assert files == {path: path.read_bytes() for path in folder.rglob("output/*.*")}
 
 
-def test_runs_with_other_flags_share_no_file():
+def test_log_alone_is_not_overwritten(finished, tmp_path):
+    """As in a clone of this repository, where logs come without their weights."""
+    folder, _, _ = finished
+    log = shutil.copy(next(folder.glob("output/*.txt")), tmp_path)
+    learn = ["--num_steps", "150", "--eval_every", "60", "--norm_type", "Rescale", "--fp16"]
+    done = run([*TINY, *learn, "--output_dir", "."], tmp_path, check=False)
+    assert done.returncode == 2 and Path(log).name in done.stderr
+    assert Path(log).read_bytes() == next(folder.glob("output/*.txt")).read_bytes()
+
+
+def test_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(dist_util.DeviceError, match="--gpu_id 2: the GPUs here are 0 to 1"):
+        dist_util.init(parse_args(["--name", "x", "--gpu_id", "2"]))
+
+
+def test_runs_with_other_flags_share_no_file(monkeypatch):
     """Names: the reference's to begin with, and different for every different flag."""
     changes = [
         [],
@@ -228,7 +253,9 @@ def test_runs_with_other_flags_share_no_file():
         ["--train_batch_size", "64"],
         ["--fp16", "--fp16_opt_level", "O1"],
         ["--fp16"],
+        ["--pretrained_dir", "auto"],
         ["--pretrained_dir", "a/ViT-B_16.npz"],
+        ["--pretrained_dir", "b/ViT-B_16.npz"],
         ["--pretrained_dir", "a/other.npz"],
         ["--compile"],
         ["--num_steps", "100", "--warmup_steps", "3"],
@@ -238,10 +265,16 @@ def test_runs_with_other_flags_share_no_file():
     ]
     files = [RunFiles(parse_args(["--name", "x", *change])) for change in changes]
     files.append(RunFiles(parse_args(["--name", "x_ViT-B_16"])))
+    monkeypatch.setenv("RANK", "0")  # as torchrun does
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    files.append(RunFiles(parse_args(["--name", "x"])))
+    monkeypatch.undo()
     for kind in ("log", "best", "final", "lock", "tensorboard"):
         paths = [getattr(each, kind) for each in files]
         assert len(set(paths)) == len(files), kind
         assert max(len(path.name) for path in paths) < 200
+    flags = ["--name", "x", "--pretrained_dir", "./pretrain/ViT-B_16.npz"]  # the reference's
+    assert RunFiles(parse_args(flags)).run_name == "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_T"
     plain = files[0]
     assert plain.run_name == "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_F"
     assert plain.best == Path("output") / f"{plain.run_name}_checkpoint.bin"
