@@ -136,7 +136,8 @@ class Rescale:
         # Reference: the attention branch is not scaled, nor its identity.
         if branch == "attn":
             return x + y
-        return block.identity_weight * x + (block._scale * block.branch_weight) * y
+        branch = (block._scale * block.branch_weight) * y
+        return torch.add(branch, x, alpha=block.identity_weight)
 
     def per_token(self, block):
         return not block.ffn_addbias.calibrating
