@@ -6,7 +6,7 @@ DEMO = cd demo && ../$(BIN)/python
 DEMO_RUN = ../train.py --name demo --dataset digits --model_type ViT-Ti_4 --img_size 8 \
 	--train_batch_size 32 --learning_rate 0.12 --warmup_steps 50 --num_steps 900
 
-.PHONY: setup demo test lint bench fuzz soak clean
+.PHONY: setup demo test lint bench soak clean
 
 setup: .venv/.installed  ## once: .venv with all that use and development need
 
@@ -22,7 +22,7 @@ demo: .venv/.installed_to_run  ## trains two norm types on digits, evaluates and
 	@echo "Curves: $(BIN)/tensorboard --logdir demo/logs"
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10 --ignore tests/test_fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10
 
 lint: setup
 	$(BIN)/ruff check .
@@ -30,9 +30,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmark.py
-
-fuzz: setup  ## 2,000 random command lines and 1,000 mutated files
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 soak: setup
 	$(BIN)/python tests/soak.py
