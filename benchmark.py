@@ -308,11 +308,12 @@ def norm_rows(args):
     )
     for model_type in args.models:
         for level in ("O0", "O2"):
-            parties = {
-                f"{name} {level}": our_step(args, CONFIGS[model_type], level, name)
-                for name in sorted(NORM_TYPES, key="LN".__eq__)  # LN last
-            }
-            yield from compare(f"norm types, {model_type}", parties, args)
+            for other in [name for name in NORM_TYPES if name != "LN"]:
+                parties = {
+                    f"{name} {level}": our_step(args, CONFIGS[model_type], level, name)
+                    for name in (other, "LN")
+                }
+                yield from compare(f"norm types, {model_type}", parties, args)
     del NORM_TYPES["LN, all tokens"]
 
 

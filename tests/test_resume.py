@@ -239,12 +239,13 @@ def test_loss_scale_and_skipped_steps(forks, reference, tmp_path, norm_type, lev
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled(forks, reference, tmp_path):
+@pytest.mark.parametrize("norm_type", ["BN", "Rescale"])
+def test_compiled(forks, reference, tmp_path, norm_type):
     """Killed after an epoch's short last batch, and stopped in an evaluation.
 
     The order in which shapes are compiled then differs from that of the run never interrupted.
     """
-    flags = "--norm_type BN --fp16 --img_size 32 --eval_batch_size 180 --compile"
+    flags = f"--norm_type {norm_type} --fp16 --img_size 32 --eval_batch_size 180 --compile"
     one_block = "shrink(1);"
     args = RESUME + flags.split()
     whole = reference(flags, one_block)
