@@ -300,6 +300,22 @@ def compiled_rows(args):
         yield from compare(f"step, {model_type}", parties, args)
 
 
+def profile_rows(args):
+    """The operations that take a hundredth or more of a training step's time in them."""
+    if args.device.type != "cpu":
+        return
+    for model_type in args.models:
+        step = our_step(args, CONFIGS[model_type], "O2")
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+        for name in sorted(times, key=times.get, reverse=True):
+            if times[name] >= 0.01 * sum(times.values()):
+                share = shorter(times[name] / sum(times.values()))
+                yield {"row": f"profile, {model_type} O2", "operation": name, "share": share}
+
+
 def norm_rows(args):
     """Norm types against LN; LN once more with its last block computed for all tokens, as BN and
     GN, whose final norms read them all, have to."""
@@ -526,6 +542,7 @@ ROWS = {
     "overhead": overhead_rows,
     "startup": startup_rows,
     "step": step_rows,
+    "profile": profile_rows,
     "norms": norm_rows,
     "evaluation": evaluation_rows,
     "program": program_rows,

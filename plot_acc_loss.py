@@ -39,9 +39,8 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
     if not runs:
         raise ValueError("no log holds an evaluation")
     labels = [_label(run) for run in runs]
-    for i, run in enumerate(runs):
-        if labels.count(_label(run)) > 1:  # two alike are told apart by their files
-            labels[i] = run.path.stem
+    for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
+        labels[i] = runs[i].path.stem  # runs alike are told apart by their files
     curves = [(label, run.steps, run.loss, run.accuracy) for label, run in zip(labels, runs)]
     return save_figure(comparison_figure(curves), Path(out_dir) / "comparison.png")
 

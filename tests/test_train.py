@@ -241,6 +241,13 @@ def test_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(dist_util.DeviceError, match="--gpu_id 2: the GPUs here are 0 to 1"):
         dist_util.init(parse_args(["--name", "x", "--gpu_id", "2"]))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(dist_util.DeviceError, match="--local_rank 3: the GPUs here are 0 to 1"):
+        dist_util.init(parse_args(["--name", "x", "--local-rank", "3"]))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(dist_util.DeviceError, match="--local_rank 2"):
+        dist_util.init(parse_args(["--name", "x", "--local_rank", "0"]))
 
 
 def test_runs_with_other_flags_share_no_file(monkeypatch):

@@ -1,6 +1,7 @@
 """Attention rollout against other ways to it, figures against their data, programs as run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
+import plot_acc_loss
 from models.modeling import CONFIGS, VisionTransformer
 from plot_attn import plot_attention
 from utils.checkpoint import save_checkpoint
@@ -164,6 +166,16 @@ def test_plot_acc_loss_of_several_logs(tmp_path, write_log):
     assert (outcome.returncode, outcome.stdout) == (0, f"{figure}\n")
     assert outcome.stderr.count("\n") == 1 and str(logs[2]) in outcome.stderr
     assert is_drawn(figure)
+
+
+def test_runs_alike_are_told_apart_by_their_files(tmp_path, write_log, monkeypatch):
+    log = write_log("LN", [0.1])
+    logs = [log, shutil.copy(log, tmp_path / "again.txt"), write_log("BN", [0.2])]
+    drawn = []
+    monkeypatch.setattr(plot_acc_loss, "comparison_figure", drawn.extend)
+    monkeypatch.setattr(plot_acc_loss, "save_figure", lambda figure, path: path)
+    plot_acc_loss.plot_comparison(logs)
+    assert [curve[0] for curve in drawn] == ["LN", "again", "digits ViT-Ti_16 BN"]
 
 
 def test_plot_acc_loss_errors(tmp_path, write_log):

@@ -224,7 +224,7 @@ def build_parser():
         "--local-rank",
         default=-1,
         type=int,
-        help="accepted from old launchers; torchrun's environment decides",
+        help="from old launchers; torchrun's environment wins",
     )
     parser.set_defaults(processes=1)  # no flag, but it decides results like one
     return parser

@@ -33,11 +33,13 @@ def init(args):
     """Join the process group, if there is one; returns this process's device."""
     keep_freed_memory()
     if torch.cuda.is_available():
-        number = int(os.environ["LOCAL_RANK"] if launched() else args.gpu_id)
-        if number >= torch.cuda.device_count():
-            raise DeviceError(
-                f"--gpu_id {number}: the GPUs here are 0 to {torch.cuda.device_count() - 1}"
-            )
+        flag, number = "--gpu_id", args.gpu_id
+        if launched():  # an old launcher passes the flag, torchrun sets the variable
+            flag = "--local_rank"
+            number = os.environ.get("LOCAL_RANK", max(args.local_rank, 0))
+        number, last = int(number), torch.cuda.device_count() - 1
+        if number > last:
+            raise DeviceError(f"{flag} {number}: the GPUs here are 0 to {last}")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available():
