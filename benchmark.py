@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models, transforms
 
 from models.configs import CONFIGS, vit_config
-from models.modeling import VisionTransformer
+from models.modeling import VisionTransformer, packed_weights
 from models.norms import EPS, NORM_TYPES, AddBias, PreNorm
 from train import make_optimizer, seed_step
 from utils import dist_util
@@ -342,7 +342,8 @@ def evaluation_rows(args):
 
         @torch.inference_mode()
         def evaluate(model, images=images):
-            model(images)
+            with packed_weights(model):
+                model(images)
 
         parties = {"timm": lambda m=theirs: evaluate(m), "LN half": lambda m=model: evaluate(m)}
         label = f"evaluation, {model_type}"
@@ -374,7 +375,7 @@ def our_program(args, model_type, tested, dataset):
         for i in range(2):
             step(*batches(i))
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), packed_weights(model):
             sum((model(x)[0].argmax(1) == y).sum() for x, y in test_batches).item()
 
     return program

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models.modeling import CONFIGS, VisionTransformer
+from models.modeling import CONFIGS, VisionTransformer, packed_weights
 from models.norms import calibrating
 from models.pretrained import PretrainedError, download, load_pretrained
 from utils import dist_util
@@ -207,14 +207,15 @@ def evaluate(model, test_batches, precision, stop=None):
     """Mean cross entropy and accuracy in [0, 1] over all test images; None if to stop at once."""
     model.eval()
     sums = []
-    for images, labels in test_batches:
-        with precision.autocast():
-            logits, _ = model(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        sums.append(torch.stack([loss, correct, torch.full_like(correct, len(labels))]))
-        if stop and stop.now:
-            return None
+    with packed_weights(model):
+        for images, labels in test_batches:
+            with precision.autocast():
+                logits, _ = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(dim=1) == labels).sum()
+            sums.append(torch.stack([loss, correct, torch.full_like(correct, len(labels))]))
+            if stop and stop.now:
+                return None
     loss, correct, count = dist_util.sum_over_processes(torch.stack(sums).cpu().double().sum(0))
     return (loss / count).item(), (correct / count).item()
 

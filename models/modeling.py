@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens (patches + 1), D hidden size, H heads, d = D/H head size.
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -66,6 +67,40 @@ class Dropout(nn.Dropout):
         return F.dropout(x, self.p)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, then GELU where asked; within `packed_weights` one kernel does both."""
+
+    packed = None
+
+    def forward(self, x, gelu=False):
+        compiling, casting = torch.compiler.is_compiling(), torch.is_autocast_enabled("cpu")
+        if compiling or casting or self.packed is None:
+            y = super().forward(x)
+            return F.gelu(y) if gelu else y
+        then = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *then)
+
+
+@contextmanager
+def packed_weights(model):
+    """Within it, weights on a CPU lie in the order in which oneDNN's kernels read them.
+
+    For evaluation: no gradients flow, and changes of the weights go unnoticed.
+    """
+    packable = {torch.float32} if torch.backends.mkldnn.is_available() else set()
+    if packable and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packable.add(torch.bfloat16)
+    linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype in packable]
+    try:
+        for m in linears:
+            if m.weight.device.type == "cpu":
+                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach())
+        yield
+    finally:
+        for m in linears:
+            m.packed = None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D) and the weights (B, H, N, N) if `vis`.
 
@@ -77,8 +112,8 @@ class Attention(nn.Module):
         dim = config.hidden_size
         self.vis = vis
         self.num_heads = config.transformer.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.attn_dropout = Dropout(config.transformer.attention_dropout_rate)
         self.proj_dropout = Dropout(config.transformer.attention_dropout_rate)
         self.register_state_dict_post_hook(self._split_qkv)
@@ -128,15 +163,15 @@ class Mlp(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.transformer.mlp_dim)
-        self.fc2 = nn.Linear(config.transformer.mlp_dim, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.transformer.mlp_dim)
+        self.fc2 = Linear(config.transformer.mlp_dim, config.hidden_size)
         self.dropout = Dropout(config.transformer.dropout_rate)
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x):
-        x = self.dropout(F.gelu(self.fc1(x)))  #                (B, N, mlp_dim)
+        x = self.dropout(self.fc1(x, gelu=True))  #           (B, N, mlp_dim)
         return self.dropout(self.fc2(x))  #                     (B, N, D)
 
 

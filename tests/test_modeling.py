@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from models.configs import vit_config
-from models.modeling import Dropout, VisionTransformer
+from models.modeling import Dropout, Linear, VisionTransformer, packed_weights
 
 NORMS = ("LN", "BN", "GN", "Rescale")
 PATCH, DIM, DEPTH, HEADS, MLP, CLASSES = 4, 24, 3, 3, 40, 7
@@ -352,6 +352,40 @@ def test_initialization_of_rescale():
         elif "addbias" in name:
             assert not tensor.any()
             assert tensor.shape == (() if name.endswith("count") else (1, 1, DIM))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_packed_weights(norm_type):
+    """Truth: the model in float64; packed, the logits are as close to it as without."""
+    model, state = small_model(norm_type)
+    images, _ = data()
+    exact = copy.deepcopy(model).double().eval()(images.double())[0].double()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        cast = copy.deepcopy(model).to(dtype).eval()
+        linears = [m for m in cast.modules() if isinstance(m, Linear)]
+        with torch.inference_mode():
+            plain = cast(images.to(dtype))[0]
+            with packed_weights(cast):
+                assert all(m.packed is not None for m in linears)
+                packed = cast(images.to(dtype))[0]
+        assert all(m.packed is None for m in linears)
+        torch.testing.assert_close(packed.double(), exact, rtol=tolerance, atol=tolerance)
+        error, plain_error = (abs(y - exact).mean() for y in (packed, plain))
+        assert error < 1.5 * plain_error + 1e-7
+        assert len(linears) == 4 * DEPTH
+
+
+def test_packed_weights_leave_autocast_alone():
+    """Truth: autocast's own result, to the bit."""
+    model, _ = small_model("LN")
+    model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(data()[0])[0]
+        with packed_weights(model):
+            assert torch.equal(model(data()[0])[0], expected)
 
 
 # ---------------------------------------------------------------- dropout
