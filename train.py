@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models.modeling import CONFIGS, VisionTransformer, packed_weights
+from models.layers import packed_weights
+from models.modeling import CONFIGS, VisionTransformer
 from models.norms import calibrating
 from models.pretrained import PretrainedError, download, load_pretrained
 from utils import dist_util

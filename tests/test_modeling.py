@@ -11,7 +11,8 @@ from scipy import stats
 from torch import nn
 
 from models.configs import vit_config
-from models.modeling import Dropout, Linear, VisionTransformer, packed_weights
+from models.layers import Dropout, Linear, packed_weights
+from models.modeling import VisionTransformer
 
 NORMS = ("LN", "BN", "GN", "Rescale")
 PATCH, DIM, DEPTH, HEADS, MLP, CLASSES = 4, 24, 3, 3, 40, 7

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from utils import dist_util
 from utils.args import UsageError, result_flags
 
 # A checkpoint is a plain torch.save file, i.e. a zip archive. The archive's comment, its last
@@ -161,7 +162,8 @@ def find_checkpoint(args, files):
             if args.resume != "auto":
                 raise CheckpointError(f"--resume {error}") from None
             notes.append(f"{error}; passed over")
-    print(f"--resume: {args.output_dir} holds no good checkpoint of these flags: from the start")
+    if dist_util.is_main():
+        print(f"--resume: {args.output_dir} has no good checkpoint of these flags: from the start")
     return None, notes
 
 
