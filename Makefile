@@ -22,7 +22,7 @@ demo: .venv/.installed_to_run  ## trains two norm types on digits, evaluates and
 	@echo "Curves: $(BIN)/tensorboard --logdir demo/logs"
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: setup
 	$(BIN)/ruff check .
