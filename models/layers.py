@@ -59,18 +59,48 @@ class Dropout(nn.Dropout):
         return F.dropout(x, self.p)
 
 
+def _onednn_linear(x, weight, bias=None, gelu=False):
+    then = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
+
+
+class _FastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return _onednn_linear(grad, weight.t()), rows.t() @ x.flatten(0, -2), rows.sum(0)
+
+
 class Linear(nn.Linear):
-    """`nn.Linear`, then GELU where asked; within `packed_weights` one kernel does both."""
+    """`nn.Linear`, then GELU where asked, on a CPU by oneDNN: the bias is added in the product.
+
+    Within `packed_weights` GELU is part of it too.
+    """
 
     packed = None
 
     def forward(self, x, gelu=False):
-        compiling, casting = torch.compiler.is_compiling(), torch.is_autocast_enabled("cpu")
-        if compiling or casting or self.packed is None:
+        if torch.compiler.is_compiling() or not _suits_onednn(x, self.weight):
             y = super().forward(x)
-            return F.gelu(y) if gelu else y
-        then = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *then)
+        elif self.packed is not None:
+            return _onednn_linear(x, self.packed, self.bias, gelu)
+        else:
+            y = _FastLinear.apply(x, self.weight, self.bias)
+        return F.gelu(y) if gelu else y
+
+
+def _suits_onednn(x, weight):
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 @contextmanager
@@ -79,14 +109,11 @@ def packed_weights(model):
 
     For evaluation: no gradients flow, and changes of the weights go unnoticed.
     """
-    packable = {torch.float32} if torch.backends.mkldnn.is_available() else set()
-    if packable and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packable.add(torch.bfloat16)
-    linears = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype in packable]
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    linears = [m for m in linears if _suits_onednn(m.weight, m.weight)]
     try:
         for m in linears:
-            if m.weight.device.type == "cpu":
-                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach())
+            m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach())
         yield
     finally:
         for m in linears:

@@ -37,12 +37,14 @@ class Attention(nn.Module):
         """`class_only`: the class token's output alone, (B, 1, D)."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  #                 each (B, H, N, d)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  #                     (3, B, H, N, d)
+        # Two batched products: on a CPU faster than the fused kernel for so few tokens.
+        products = self.vis or (x.device.type == "cpu" and self.attn_dropout.p == 0 and N <= 256)
+        q, k, v = qkv.contiguous() if products else qkv
         if class_only:
             q = q[:, :, :1]
         weights = None
-        if self.vis or (x.device.type == "cpu" and self.attn_dropout.p == 0 and N <= 256):
-            # Two batched products: on a CPU faster than the fused kernel for so few tokens.
+        if products:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             weights = scores.softmax(dim=-1)  #                 (B, H, N, N)
             y = self.attn_dropout(weights) @ v  #               (B, H, N, d)
