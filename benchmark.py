@@ -54,6 +54,7 @@ def main():
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure")
     add("--models", nargs="+", choices=PEERS, default=list(PEERS))
+    add("--levels", nargs="+", choices=("O0", "O2"), default=["O0", "O2"], help="of steps, norms")
     add("--batch", type=int, default=32, help="images per training step")
     add("--repeats", type=int, default=5, help="counted turns")
     add("--dataset", default="cifar10", help="cifar10, cifar100 or digits")
@@ -286,7 +287,8 @@ def step_rows(args):
     """Training steps against timm's and torchvision's."""
     for model_type in args.models:
         config = CONFIGS[model_type]
-        for level, half in (("O0", False), ("O2", True)):
+        for level in args.levels:
+            half = level == "O2"
             parties = {
                 "timm": peer_step(args, "timm", model_type, half),
                 "torchvision": peer_step(args, "torchvision", model_type, half),
@@ -330,7 +332,7 @@ def norm_rows(args):
         partial(nn.LayerNorm, eps=EPS), per_token=lambda block: False
     )
     for model_type in args.models:
-        for level in ("O0", "O2"):
+        for level in args.levels:
             for other in [name for name in NORM_TYPES if name != "LN"]:
                 parties = {
                     f"{name} {level}": our_step(args, CONFIGS[model_type], level, name)
