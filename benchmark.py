@@ -138,7 +138,7 @@ def shorter(number):
 
 
 @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def packed_linear_flops(x_shape, weight_shape, *_, **__):
+def linear_flops(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 

@@ -83,12 +83,14 @@ class Linear(nn.Linear):
     Within `packed_weights` GELU is part of it too.
     """
 
-    packed = None
+    packing, packed = False, None
 
     def forward(self, x, gelu=False):
         if torch.compiler.is_compiling() or not _suits_onednn(x, self.weight):
             y = super().forward(x)
-        elif self.packed is not None:
+        elif self.packing:
+            if self.packed is None:
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
             return _onednn_linear(x, self.packed, self.bias, gelu)
         else:
             y = _FastLinear.apply(x, self.weight, self.bias)
@@ -105,16 +107,15 @@ def _suits_onednn(x, weight):
 
 @contextmanager
 def packed_weights(model):
-    """Within it, weights on a CPU lie in the order in which oneDNN's kernels read them.
+    """Within it, weights on a CPU are copied into the order in which oneDNN's kernels read them.
 
     For evaluation: no gradients flow, and changes of the weights go unnoticed.
     """
     linears = [m for m in model.modules() if isinstance(m, Linear)]
-    linears = [m for m in linears if _suits_onednn(m.weight, m.weight)]
     try:
         for m in linears:
-            m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach())
+            m.packing = True
         yield
     finally:
         for m in linears:
-            m.packed = None
+            m.packing, m.packed = False, None

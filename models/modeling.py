@@ -87,7 +87,7 @@ class Mlp(nn.Module):
             nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x):
-        x = self.dropout(self.fc1(x, gelu=True))  #           (B, N, mlp_dim)
+        x = self.dropout(self.fc1(x, gelu=True))  #             (B, N, mlp_dim)
         return self.dropout(self.fc2(x))  #                     (B, N, D)
 
 

@@ -355,13 +355,35 @@ def test_initialization_of_rescale():
             assert tensor.shape == (() if name.endswith("count") else (1, 1, DIM))
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_and_its_gradients(dtype, gelu):
+    """Truth: `F.linear` and `F.gelu` in float64, in value and in all three gradients."""
+    torch.manual_seed(3)
+    ours = Linear(24, 40).to(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (ours.weight, ours.bias)]
+    x = torch.randn(5, 17, 24).to(dtype).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    upstream = torch.randn(5, 17, 40).to(dtype)
+    y, expected = ours(x, gelu=gelu), F.linear(exact_x, *exact)
+    expected = F.gelu(expected) if gelu else expected
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    pairs = [(y, expected), (x.grad, exact_x.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip((ours.weight, ours.bias), exact)]
+    relative = 1e-6 if dtype == torch.float32 else 8e-3  # two roundings to half an eps each
+    for found, truth in pairs:
+        error = torch.linalg.vector_norm(found.double() - truth)
+        assert found.dtype == dtype and error < relative * torch.linalg.vector_norm(truth)
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
 def test_packed_weights(norm_type):
     """Truth: the model in float64; packed, the logits are as close to it as without."""
-    model, state = small_model(norm_type)
+    model, _ = small_model(norm_type)
     images, _ = data()
     exact = copy.deepcopy(model).double().eval()(images.double())[0].double()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
@@ -370,8 +392,8 @@ def test_packed_weights(norm_type):
         with torch.inference_mode():
             plain = cast(images.to(dtype))[0]
             with packed_weights(cast):
-                assert all(m.packed is not None for m in linears)
                 packed = cast(images.to(dtype))[0]
+                assert all(m.packed is not None for m in linears)
         assert all(m.packed is None for m in linears)
         torch.testing.assert_close(packed.double(), exact, rtol=tolerance, atol=tolerance)
         error, plain_error = (abs(y - exact).mean() for y in (packed, plain))
@@ -387,6 +409,7 @@ def test_packed_weights_leave_autocast_alone():
         expected = model(data()[0])[0]
         with packed_weights(model):
             assert torch.equal(model(data()[0])[0], expected)
+            assert all(m.packed is None for m in model.modules() if isinstance(m, Linear))
 
 
 # ---------------------------------------------------------------- dropout
