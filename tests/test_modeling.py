@@ -442,9 +442,9 @@ def test_dropout_is_a_fair_coin_per_element(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
 def test_dropout_values(p, dtype):
-    """Truth: survivors x / (1 - q), q the nearest multiple of 1/32768; backward the same mask."""
+    """Truth: survivors x / (1 - q), q the nearest multiple of 1/65536; backward the same mask."""
     torch.manual_seed(5)
-    q = round(p * 32768) / 32768
+    q = round(p * 65536) / 65536
     x = (torch.rand(301, 7) + 0.5).to(dtype).requires_grad_()
     y = Dropout(p)(x)
     kept = y != 0

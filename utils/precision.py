@@ -35,6 +35,13 @@ class StepRecord:
     learning_rate: float
 
 
+def norm(grad):
+    """Euclidean norm, summed up in fp32."""
+    if grad.dtype == torch.bfloat16:  # where vector_norm takes three times as long on a CPU
+        return grad.float().square_().sum().sqrt()
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)
+
+
 class Precision:
     """Owns loss scale, overflow, masters, clipping and the optimizer step.
 
@@ -125,7 +132,7 @@ class Precision:
         pairs = list(zip(self.weights, self.masters))
         grads = [weight.grad if master.grad is None else master.grad for weight, master in pairs]
         self.optimizer.zero_grad()  # `grads` has them
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        norms = [norm(grad) for grad in grads]
         grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
         finite = grad_norm.isfinite() & self.loss.isfinite()
         if not self.scaled:
