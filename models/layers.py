@@ -1,4 +1,4 @@
-"""Dropout and Linear: PyTorch's own, but faster on a CPU. The model is the same without them."""
+"""What is PyTorch's own, but faster on a CPU; the model is the same without this file."""
 
 from contextlib import contextmanager
 
@@ -100,28 +100,34 @@ class _FastLinear(torch.autograd.Function):
         return _as_rows(of_x, x) if wanted[0] else None, of_weight, rows.sum(0)
 
 
-class Linear(nn.Linear):
-    """`nn.Linear`, then GELU where asked, on a CPU by oneDNN: the bias is added in the product.
+def linear(x, weight, bias):
+    """`F.linear`, on a CPU by oneDNN: the bias is added in the product."""
+    if not _suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _FastLinear.apply(x, weight, bias)
 
-    Within `packed_weights` GELU is part of it too.
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`, then GELU where asked.
+
+    Within `packed_weights` GELU is part of the product too.
     """
 
     packing, packed = False, None
 
     def forward(self, x, gelu=False):
-        if torch.compiler.is_compiling() or not _suits_onednn(x, self.weight):
-            y = super().forward(x)
-        elif self.packing:
+        if self.packing and _suits_onednn(x, self.weight):
             if self.packed is None:
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
             then = ("gelu", [], "none") if gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *then)
-        else:
-            y = _FastLinear.apply(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         return F.gelu(y) if gelu else y
 
 
 def _suits_onednn(x, weight):
+    if torch.compiler.is_compiling():
+        return False
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if x.dtype == torch.bfloat16:
@@ -143,3 +149,60 @@ def packed_weights(model):
     finally:
         for m in linears:
             m.packing, m.packed = False, None
+
+
+class _FastGroupNorm(torch.autograd.Function):
+    """GroupNorm of (B, N, D) in passes over the tokens as they lie, summed up in fp32.
+
+    y = h * weight + bias with h = (x - mean) * rstd, statistics over a group's channels and tokens.
+    With g = grad * weight, x's gradient is rstd * (g - mean(g) - h * mean(g * h)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)  # (G, D/G)
+        mean, square = (
+            _token_sums(t, groups).mean(-1, keepdim=True) / x.shape[1]  # (B, G, 1)
+            for t in (x, x * x)
+        )
+        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
+        scale = rstd * weight  #                                      (B, G, D/G)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return torch.addcmul(_by_channel(bias - mean * scale, x), x, _by_channel(scale, x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_sum = _token_sums(grad, len(weight))  #                  (B, G, D/G)
+        grad_h_sum = (_token_sums(grad * x, len(weight)) - mean * grad_sum) * rstd
+        mean_g, mean_gh = (
+            (t * weight).mean(-1, keepdim=True) / x.shape[1] for t in (grad_sum, grad_h_sum)
+        )
+        slope = (-rstd * rstd * mean_gh).expand_as(grad_sum)
+        shift = -rstd * mean_g - slope * mean
+        of_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * weight, x))
+        of_x.addcmul_(x, _by_channel(slope, x))
+        of_weight, of_bias = (t.sum(0).flatten().to(weight.dtype) for t in (grad_h_sum, grad_sum))
+        return of_x, of_weight, of_bias, None, None
+
+
+def _token_sums(x, groups):
+    """(B, N, D) to (B, G, D/G), in fp32."""
+    return x.sum(1, dtype=torch.float32).view(len(x), groups, -1)
+
+
+def _by_channel(t, x):
+    """(B, G, D/G) to (B, 1, D), in x's type."""
+    return t.reshape(len(x), 1, -1).to(x.dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` of tokens (B, N, D), each group over D/G channels and all N tokens."""
+
+    def forward(self, x):
+        fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        if fast and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+            return _FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        # Seen as (B, D, N, 1), tokens with their channels together are what PyTorch calls
+        # channels-last, which its kernel reads in place: no transpose copy.
+        return super().forward(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configs import CONFIGS  # noqa: F401  (the model and its sizes are imported together)
-from models.layers import Dropout, Linear
+from models.layers import Dropout, Linear, linear
 from models.norms import NORM_TYPES, checkpoint_contexts
 
 
@@ -82,9 +82,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(config.hidden_size, config.transformer.mlp_dim)
         self.fc2 = Linear(config.transformer.mlp_dim, config.hidden_size)
         self.dropout = Dropout(config.transformer.dropout_rate)
-        for linear in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
         x = self.dropout(self.fc1(x, gelu=True))  #             (B, N, mlp_dim)
@@ -118,7 +118,7 @@ class Embeddings(nn.Module):
             .permute(0, 2, 4, 1, 3, 5)
             .reshape(B, -1, C * P * P)
         )
-        x = F.linear(x, conv.weight.flatten(1), conv.bias)  #   (B, N-1, D)
+        x = linear(x, conv.weight.flatten(1), conv.bias)  #     (B, N-1, D)
         x = torch.cat([self.cls_token.to(x.dtype).expand(B, -1, -1), x], dim=1)
         return self.dropout(x + self.position_embeddings.to(x.dtype))  # (B, N, D)
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from models import layers
+
 EPS = 1e-6
 
 
@@ -36,16 +38,15 @@ class BatchNorm(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalization of (B, N, D): 4 groups, each over D/4 channels x N tokens.
 
-    Source: Wu & He 2018. Seen as (B, D, N, 1), tokens with their channels together are what PyTorch
-    calls channels-last, which its kernel reads in place: no transpose copy.
+    Source: Wu & He 2018.
     """
 
     def __init__(self, dim, groups=4):
         super().__init__()
-        self.layer = nn.GroupNorm(groups, dim, eps=EPS)
+        self.layer = layers.GroupNorm(groups, dim, eps=EPS)
 
     def forward(self, x):
-        return self.layer(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return self.layer(x)
 
 
 class AddBias(nn.Module):
