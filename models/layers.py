@@ -100,7 +100,7 @@ class _FastLinear(torch.autograd.Function):
         return _as_rows(of_x, x) if wanted[0] else None, of_weight, rows.sum(0)
 
 
-def linear(x, weight, bias):
+def linear(x, weight, bias=None):
     """`F.linear`, on a CPU by oneDNN: the bias is added in the product."""
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
