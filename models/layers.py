@@ -1,5 +1,6 @@
 """What is PyTorch's own, but faster on a CPU; the model is the same without this file."""
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,16 +13,21 @@ from torch import nn
     "rescalevit::keep_mask", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
 )
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """0 with probability p, a multiple of 1/65536, else 1: x's shape, in bfloat16, on the CPU.
+    """0 with probability p, else 1, independently: x's shape, in bfloat16, on the CPU.
 
-    16 bits an element from a generator that PyTorch's seeds. As one operation it stays whole under
-    torch.compile, whose own random numbers take a quarter of a training step.
+    From a generator that PyTorch's seeds. A byte an element decides to the 256th below p; for the
+    rest, further elements are hit, each a Poisson number of times. As one operation it stays whole
+    under torch.compile, whose own random numbers take a quarter of a training step.
     """
-    generator = np.random.SFC64(torch.empty(2, dtype=torch.int64).random_().numpy())
-    words = np.random.Generator(generator).integers(2**64, size=-(-x.numel() // 4), dtype=np.uint64)
-    mask = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)
-    mask.ge_(int(p * 65536) - 32768)  # 0 or 1
-    return mask.mul_(0x3F80).view(torch.bfloat16)  # the bit pattern of its 1
+    seed = torch.empty(2, dtype=torch.int64).random_()
+    generator = np.random.Generator(np.random.SFC64(seed.numpy()))
+    n, threshold = x.numel(), int(256 * p)
+    words = generator.integers(2**64, size=-(-n // 8), dtype=np.uint64)
+    mask = torch.from_numpy(words.view(np.uint8)[:n]).to(torch.int16)
+    mask.ge_(threshold).mul_(0x3F80)  # the bit pattern of 1
+    hits = generator.poisson(n * math.log((1 - threshold / 256) / (1 - p)))
+    mask.index_fill_(0, torch.from_numpy(generator.integers(n, size=hits)), 0)
+    return mask.view(torch.bfloat16).view(x.shape)
 
 
 @keep_mask.register_fake
@@ -48,13 +54,13 @@ class _FastDropout(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, several times as fast on a CPU, where p is rounded to multiples of 1/65536."""
+    """`nn.Dropout`, several times as fast on a CPU."""
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
         if x.device.type == "cpu" and self.p < 1:
-            return _FastDropout.apply(x, round(self.p * 65536) / 65536)
+            return _FastDropout.apply(x, self.p)
         return F.dropout(x, self.p)
 
 

@@ -414,10 +414,10 @@ def test_packed_weights_leave_autocast_alone():
 
 # ---------------------------------------------------------------- dropout
 
-ELEMENTS = 10_000_003  # not a multiple of 4: four elements share one random number
+ELEMENTS = 10_000_003  # not a multiple of 8: eight elements share one random number
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.75])
 def test_dropout_is_a_fair_coin_per_element(p):
     """Truth: independent Bernoulli(p): counts in all and per place, pairs of neighbours."""
     torch.manual_seed(4)
@@ -428,8 +428,8 @@ def test_dropout_is_a_fair_coin_per_element(p):
         return abs(hits - n * chance) / math.sqrt(n * chance * (1 - chance))
 
     assert deviation(dropped.sum(), ELEMENTS, p) < 4.5
-    for place in range(4):
-        part = dropped[place::4]
+    for place in range(8):
+        part = dropped[place::8]
         assert deviation(part.sum(), len(part), p) < 4.5, place
     for lag in (1, 2, 3, 4, 5, 8, 64, 192, 768):
         first, second = dropped[:-lag], dropped[lag:]
@@ -442,19 +442,18 @@ def test_dropout_is_a_fair_coin_per_element(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
 def test_dropout_values(p, dtype):
-    """Truth: survivors x / (1 - q), q the nearest multiple of 1/65536; backward the same mask."""
+    """Truth: survivors x / (1 - p); backward the same mask."""
     torch.manual_seed(5)
-    q = round(p * 65536) / 65536
     x = (torch.rand(301, 7) + 0.5).to(dtype).requires_grad_()
     y = Dropout(p)(x)
     kept = y != 0
     assert 0.5 * (1 - p) < kept.float().mean() < min(1, 1.5 * (1 - p))
-    expected = (x.detach().float() / (1 - q)).to(dtype)
+    expected = (x.detach().float() / (1 - p)).to(dtype)
     torch.testing.assert_close(y[kept], expected[kept], rtol=1e-6, atol=0)
     assert y.dtype == dtype
     upstream = (torch.rand(301, 7) + 0.5).to(dtype)
     y.backward(upstream)
-    expected = (upstream.float() / (1 - q)).to(dtype) * kept
+    expected = (upstream.float() / (1 - p)).to(dtype) * kept
     torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=0)
 
 
