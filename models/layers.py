@@ -158,7 +158,7 @@ def packed_weights(model):
 
 
 class _FastGroupNorm(torch.autograd.Function):
-    """GroupNorm of (B, N, D) in passes over the tokens as they lie, summed up in fp32.
+    """GroupNorm of (B, N, D) whose gradient, too, is computed from the tokens as they lie.
 
     y = h * weight + bias with h = (x - mean) * rstd, statistics over a group's channels and tokens.
     With g = grad * weight, x's gradient is rstd * (g - mean(g) - h * mean(g * h)).
@@ -166,35 +166,44 @@ class _FastGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        weight, bias = weight.view(groups, -1), bias.view(groups, -1)  # (G, D/G)
-        mean, square = (
-            _token_sums(t, groups).mean(-1, keepdim=True) / x.shape[1]  # (B, G, 1)
-            for t in (x, x * x)
+        B, N, D = x.shape
+        # With weights in fp32 PyTorch's statistics are, too.
+        y, *statistics = torch.native_group_norm(
+            _as_channels_last(x), weight.float(), bias.float(), B, D, N, groups, eps
         )
-        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
-        scale = rstd * weight  #                                      (B, G, D/G)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return torch.addcmul(_by_channel(bias - mean * scale, x), x, _by_channel(scale, x))
+        ctx.save_for_backward(x, weight, *statistics)
+        return _as_tokens(y)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, mean, rstd = ctx.saved_tensors
-        grad_sum = _token_sums(grad, len(weight))  #                  (B, G, D/G)
-        grad_h_sum = (_token_sums(grad * x, len(weight)) - mean * grad_sum) * rstd
+        x, weight, *statistics = ctx.saved_tensors
+        (B, N, _), groups = x.shape, statistics[0].shape[1]
+
+        def token_sums(t):
+            return t.sum(1, dtype=torch.float32).view(B, groups, -1)  #     (B, G, D/G)
+
+        mean, rstd = (t.unsqueeze(-1) for t in statistics)  #               (B, G, 1)
+        by_group = weight.view(groups, -1)  #                               (G, D/G)
+        grad_sum = token_sums(grad)
+        grad_h_sum = (token_sums(grad * x) - mean * grad_sum) * rstd
         mean_g, mean_gh = (
-            (t * weight).mean(-1, keepdim=True) / x.shape[1] for t in (grad_sum, grad_h_sum)
+            (t * by_group).mean(-1, keepdim=True) / N for t in (grad_sum, grad_h_sum)
         )
         slope = (-rstd * rstd * mean_gh).expand_as(grad_sum)
         shift = -rstd * mean_g - slope * mean
-        of_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * weight, x))
+        of_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * by_group, x))
         of_x.addcmul_(x, _by_channel(slope, x))
         of_weight, of_bias = (t.sum(0).flatten().to(weight.dtype) for t in (grad_h_sum, grad_sum))
         return of_x, of_weight, of_bias, None, None
 
 
-def _token_sums(x, groups):
-    """(B, N, D) to (B, G, D/G), in fp32."""
-    return x.sum(1, dtype=torch.float32).view(len(x), groups, -1)
+def _as_channels_last(x):
+    """Tokens (B, N, D) as (B, D, N, 1): what PyTorch calls channels-last and reads in place."""
+    return x.transpose(1, 2).unsqueeze(-1)
+
+
+def _as_tokens(x):
+    return x.squeeze(-1).transpose(1, 2)
 
 
 def _by_channel(t, x):
@@ -209,6 +218,4 @@ class GroupNorm(nn.GroupNorm):
         fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         if fast and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             return _FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        # Seen as (B, D, N, 1), tokens with their channels together are what PyTorch calls
-        # channels-last, which its kernel reads in place: no transpose copy.
-        return super().forward(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return _as_tokens(super().forward(_as_channels_last(x)))
