@@ -22,8 +22,9 @@ def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     seed = torch.empty(2, dtype=torch.int64).random_()
     generator = np.random.Generator(np.random.SFC64(seed.numpy()))
     n, threshold = x.numel(), int(256 * p)
+    mask = torch.empty(n, dtype=torch.int16)  # before the words, or they would leave a hole below
     words = generator.integers(2**64, size=-(-n // 8), dtype=np.uint64)
-    mask = torch.from_numpy(words.view(np.uint8)[:n]).to(torch.int16)
+    mask.copy_(torch.from_numpy(words.view(np.uint8)[:n]))
     mask.ge_(threshold).mul_(0x3F80)  # the bit pattern of 1
     hits = generator.poisson(n * math.log((1 - threshold / 256) / (1 - p)))
     mask.index_fill_(0, torch.from_numpy(generator.integers(n, size=hits)), 0)
@@ -158,7 +159,7 @@ def packed_weights(model):
 
 
 class _FastGroupNorm(torch.autograd.Function):
-    """GroupNorm of (B, N, D) whose gradient, too, is computed from the tokens as they lie.
+    """GroupNorm of (B, N, D) in passes over the tokens as they lie, statistics in fp32.
 
     y = h * weight + bias with h = (x - mean) * rstd, statistics over a group's channels and tokens.
     With g = grad * weight, x's gradient is rstd * (g - mean(g) - h * mean(g * h)).
@@ -166,44 +167,34 @@ class _FastGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        B, N, D = x.shape
-        # With weights in fp32 PyTorch's statistics are, too.
-        y, *statistics = torch.native_group_norm(
-            _as_channels_last(x), weight.float(), bias.float(), B, D, N, groups, eps
-        )
-        ctx.save_for_backward(x, weight, *statistics)
-        return _as_tokens(y)
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)  #    (G, D/G)
+        mean = _token_means(x, groups).mean(-1, keepdim=True)  #            (B, G, 1)
+        near = mean.to(x.dtype)  # x - near loses no bits, x * rstd - mean * rstd would
+        x = x - _by_channel(near.expand(-1, -1, weight.shape[1]), x)
+        mean = mean - near
+        square = _token_means(x * x, groups).mean(-1, keepdim=True)
+        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        scale = rstd * weight  #                                            (B, G, D/G)
+        return torch.addcmul(_by_channel(bias - mean * scale, x), x, _by_channel(scale, x))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, *statistics = ctx.saved_tensors
-        (B, N, _), groups = x.shape, statistics[0].shape[1]
-
-        def token_sums(t):
-            return t.sum(1, dtype=torch.float32).view(B, groups, -1)  #     (B, G, D/G)
-
-        mean, rstd = (t.unsqueeze(-1) for t in statistics)  #               (B, G, 1)
-        by_group = weight.view(groups, -1)  #                               (G, D/G)
-        grad_sum = token_sums(grad)
-        grad_h_sum = (token_sums(grad * x) - mean * grad_sum) * rstd
-        mean_g, mean_gh = (
-            (t * by_group).mean(-1, keepdim=True) / N for t in (grad_sum, grad_h_sum)
-        )
-        slope = (-rstd * rstd * mean_gh).expand_as(grad_sum)
+        x, weight, mean, rstd = ctx.saved_tensors
+        of_bias = _token_means(grad, len(weight))
+        of_weight = (_token_means(grad * x, len(weight)) - mean * of_bias) * rstd
+        mean_g, mean_gh = ((t * weight).mean(-1, keepdim=True) for t in (of_bias, of_weight))
+        slope = (-rstd * rstd * mean_gh).expand_as(of_bias)
         shift = -rstd * mean_g - slope * mean
-        of_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * by_group, x))
+        of_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * weight, x))
         of_x.addcmul_(x, _by_channel(slope, x))
-        of_weight, of_bias = (t.sum(0).flatten().to(weight.dtype) for t in (grad_h_sum, grad_sum))
-        return of_x, of_weight, of_bias, None, None
+        sums = (t.sum(0).mul_(x.shape[1]).flatten().to(weight.dtype) for t in (of_weight, of_bias))
+        return of_x, *sums, None, None
 
 
-def _as_channels_last(x):
-    """Tokens (B, N, D) as (B, D, N, 1): what PyTorch calls channels-last and reads in place."""
-    return x.transpose(1, 2).unsqueeze(-1)
-
-
-def _as_tokens(x):
-    return x.squeeze(-1).transpose(1, 2)
+def _token_means(x, groups):
+    """(B, N, D) to (B, G, D/G), in fp32."""
+    return x.mean(1, dtype=torch.float32).view(len(x), groups, -1)
 
 
 def _by_channel(t, x):
@@ -218,4 +209,6 @@ class GroupNorm(nn.GroupNorm):
         fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         if fast and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             return _FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return _as_tokens(super().forward(_as_channels_last(x)))
+        # Seen as (B, D, N, 1), tokens with their channels together are what PyTorch calls
+        # channels-last, which its kernel reads in place: no transpose copy.
+        return super().forward(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)

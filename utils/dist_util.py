@@ -24,6 +24,12 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
+def return_freed_memory():
+    """Have glibc give back the pages of what is free; what is never used again costs nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def launched():
     """Whether torchrun (or another launcher with its environment) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

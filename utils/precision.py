@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from utils.dist_util import return_freed_memory
+
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = ("O0", "O1", "O2", "O3")
 PARAMETERS_AT_ONCE = 12  # a block's: no more fp32 gradients than these exist during a step
@@ -78,6 +80,7 @@ class Precision:
             "healthy": one(True, torch.bool),
         }
         self.loss = one(0, torch.float32)
+        self.is_first_step = True
         self.records = []
         self.batchnorm_buffers = [
             buffer for module in self._batchnorms() for buffer in module.buffers()
@@ -161,6 +164,9 @@ class Precision:
             state["scale"].mul_(torch.where(grow, 2.0, torch.where(finite, 1.0, 0.5)))
             state["scale"].clamp_(max=MAX_SCALE)
             state["clean"].mul_(~grow)
+        if self.is_first_step:  # what it left for good lies between what later ones use: holes
+            return_freed_memory()
+        self.is_first_step = False
 
     def _restore_buffers(self, finite):
         if self.scaled:
