@@ -104,7 +104,8 @@ class _FastLinear(torch.autograd.Function):
         )
         # In half precision the weight's gradient is faster as a plain product.
         of_weight = rows.t() @ x.flatten(0, -2) if half else of_weight.view_as(weight)
-        return _as_rows(of_x, x) if wanted[0] else None, of_weight, rows.sum(0)
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return _as_rows(of_x, x) if wanted[0] else None, of_weight, of_bias
 
 
 def linear(x, weight, bias=None):
@@ -169,7 +170,7 @@ class _FastGroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps):
         weight, bias = weight.view(groups, -1), bias.view(groups, -1)  #    (G, D/G)
         mean = _token_means(x, groups).mean(-1, keepdim=True)  #            (B, G, 1)
-        near = mean.to(x.dtype)  # x - near loses no bits, x * rstd - mean * rstd would
+        near = mean.to(x.dtype)  # taken off first: no large mean is left to cancel in bf16
         x = x - _by_channel(near.expand(-1, -1, weight.shape[1]), x)
         mean = mean - near
         square = _token_means(x * x, groups).mean(-1, keepdim=True)
