@@ -277,14 +277,21 @@ def _environment() -> str:
 
     packages = ("torch", "torchvision", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = ""
-    with suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = _git("describe", "--always")
+    if _git("status", "--porcelain", "--untracked-files=no"):
+        commit += "-dirty"
     return (
         f"Python {platform.python_version()}, {versions}, {platform.machine()},"
         f" {torch.get_num_threads()} threads, commit {commit or 'unknown'}"
     )
+
+
+def _git(*args) -> str:
+    """What git says of this program's folder. It takes no lock, which a kill -9 would leave."""
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *args]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def _messages(text: str) -> str:
