@@ -194,8 +194,8 @@ class _FastGroupNorm(torch.autograd.Function):
 
 
 def _token_means(x, groups):
-    """(B, N, D) to (B, G, D/G), in fp32."""
-    return x.mean(1, dtype=torch.float32).view(len(x), groups, -1)
+    """(B, N, D) to (B, G, D/G), in fp32; a sum in x's type is many times as fast as one in another."""
+    return (x.sum(1).float() / x.shape[1]).view(len(x), groups, -1)
 
 
 def _by_channel(t, x):
