@@ -194,7 +194,7 @@ class _FastGroupNorm(torch.autograd.Function):
 
 
 def _token_means(x, groups):
-    """(B, N, D) to (B, G, D/G), in fp32; a sum in x's type is many times as fast as one in another."""
+    """(B, N, D) to (B, G, D/G), in fp32. Sums in x's own type are several times as fast."""
     return (x.sum(1).float() / x.shape[1]).view(len(x), groups, -1)
 
 
