@@ -357,6 +357,38 @@ def test_results_refuse_what_is_no_log_in_one_line(tmp_path):
         assert outcome.stderr.count("\n") == 1 and str(path) in outcome.stderr
 
 
+def test_the_commit_is_read_without_git_s_lock(tmp_path):
+    """Truth: `git rev-parse`. A file's time is not the index's any more, which has git rewrite the
+    index under its lock where it may; a kill -9 there would leave the lock."""
+
+    def git(*args):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+        command = ["git", "-C", tmp_path, *identity, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit():
+        code = "from utils.run_logger import _environment; print(_environment())"
+        command = [sys.executable, "-c", code]
+        line = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return line.stdout.strip().rpartition("commit ")[2]
+
+    shutil.copytree(
+        ROOT / "utils", tmp_path / "utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    file, index = tmp_path / "utils" / "scheduler.py", tmp_path / ".git" / "index"
+    os.utime(file, (0, 0))
+    before = index.read_bytes()
+    assert commit() == git("rev-parse", "--short", "HEAD")
+    assert index.read_bytes() == before
+    git("status")  # as this does where it may
+    assert index.read_bytes() != before
+    file.write_text("changed")
+    assert commit().endswith("-dirty")
+
+
 @pytest.mark.skipif(
     not os.environ.get("RESCALEVIT_REFERENCE"),
     reason="RESCALEVIT_REFERENCE does not name a folder of the reference's logs",
