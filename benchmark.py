@@ -5,9 +5,10 @@
 Peers, as a user would run them: timm's and torchvision's ViT-B with the same dropout, optimizer,
 clipping and autocast type, and the classic input pipeline (PIL transforms in a DataLoader with two
 workers). The parties of a row, each in a process of its own, run in turn, A B A B ...; `ratio` is
-the median of the other party's time over ours, followed by its range. `limit` is the share of the
-rate of one large matrix product of the same type, taken in turn with the rest and by the faster of
-PyTorch's two libraries on a CPU, that our floating-point operations come to.
+the median of the other party's times over that of ours, `range` that of the turns' own ratios.
+`limit` is the share of the rate of one large matrix product of the same type, taken in turn with
+the rest and by the faster of PyTorch's two libraries on a CPU, that our floating-point operations
+come to.
 """
 
 import argparse
@@ -158,7 +159,7 @@ def product(args, dtype, multiply):
 
 
 def compare(label, makes, args, limit=None, **more):
-    """One row per party but the last, which is ours: the other's time over ours, turn by turn.
+    """One row per party but the last, which is ours: the other's time over ours.
 
     limit: a type; adds our share of its matrix-product rate. more: name=function(our seconds).
     """
@@ -170,14 +171,15 @@ def compare(label, makes, args, limit=None, **more):
         more["limit"] = lambda s: flops / s / rate
     else:
         seconds, _ = in_turn(makes, args)
-    extra = {key: shorter(f(statistics.median(seconds[ours]))) for key, f in more.items()}
+    own = statistics.median(seconds[ours])
+    extra = {key: shorter(f(own)) for key, f in more.items()}
     for name in list(makes)[:-1]:
-        ratios = [theirs / own for theirs, own in zip(seconds[name], seconds[ours])]
+        ratios = [theirs / mine for theirs, mine in zip(seconds[name], seconds[ours])]
         yield {
             "row": label,
             "ours": ours,
             "against": name,
-            "ratio": shorter(statistics.median(ratios)),
+            "ratio": shorter(statistics.median(seconds[name]) / own),
             "range": f"{min(ratios):.3g}..{max(ratios):.3g}",
             **extra,
         }
@@ -359,8 +361,11 @@ def step_rows(args):
                 "torchvision": partial(peer_step, args, "torchvision", model_type, half),
                 f"LN {level}": partial(our_step, args, CONFIGS[model_type], level),
             }
-            dtype = args.half if half else torch.float32
-            yield from compare(f"step, {model_type}", makes, args, dtype)
+            yield from compare(f"step, {model_type}", makes, args, dtype_of(level, args))
+
+
+def dtype_of(level, args):
+    return args.half if level == "O2" else torch.float32
 
 
 def compiled_rows(args):
@@ -371,7 +376,7 @@ def compiled_rows(args):
             "LN O2 compiled": partial(our_step, args, config, "O2", compiled=True),
             "LN O2": partial(our_step, args, config, "O2"),
         }
-        yield from compare(f"step, {model_type}", makes, args)
+        yield from compare(f"step, {model_type}", makes, args, args.half)
 
 
 def profile_rows(args):
@@ -400,7 +405,8 @@ def norm_rows(args):
                     f"{name} {level}": partial(our_step, args, CONFIGS[model_type], level, name)
                     for name in (other, "LN")
                 }
-                yield from compare(f"norm types, {model_type}", makes, args)
+                label = f"norm types, {model_type}"
+                yield from compare(label, makes, args, dtype_of(level, args))
 
 
 def evaluation_rows(args):
@@ -437,7 +443,7 @@ def program_rows(args):
             "PIL + timm fp32": partial(pil_program, args, model_type),
             "O2": partial(our_program, args, model_type),
         }
-        yield from compare(f"program, {model_type}", makes, args)
+        yield from compare(f"program, {model_type}", makes, args, args.half)
 
 
 def tested_images(args):
