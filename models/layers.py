@@ -169,10 +169,10 @@ class _FastGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         weight, bias = weight.view(groups, -1), bias.view(groups, -1)  #    (G, D/G)
-        mean = _token_means(x, groups).mean(-1, keepdim=True)  #            (B, G, 1)
-        near = mean.to(x.dtype)  # taken off first: no large mean is left to cancel in bf16
+        near = _token_means(x, groups).mean(-1, keepdim=True)  #            (B, G, 1)
+        # Most of the mean goes first: a large one would be rounded, and cancel in bf16.
         x = x - _by_channel(near.expand(-1, -1, weight.shape[1]), x)
-        mean = mean - near
+        mean = _token_means(x, groups).mean(-1, keepdim=True)  #            of what is left
         square = _token_means(x * x, groups).mean(-1, keepdim=True)
         rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, rstd)
