@@ -10,23 +10,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.run_logger import RunLog, read_log
+from utils.errors import UserError, reported
+from utils.log_reader import RunLog, read_log
 from utils.vis_utils import comparison_figure, loss_accuracy_figure, save_figure
 
 OUT_DIR = "img/plot_acc_loss"
 
 
 def plot_log(path, out_dir=OUT_DIR) -> Path:
-    """Draws one log's figure and returns its path. Raises ValueError, OSError."""
+    """Draws one log's figure and returns its path. Raises UserError, OSError."""
     run = read_log(path)
     if not run.steps:
-        raise ValueError(f"{path} holds no evaluation")
+        raise UserError(f"{path} holds no evaluation")
     figure = loss_accuracy_figure(run.steps, run.loss, run.accuracy, _label(run))
     return save_figure(figure, Path(out_dir) / f"{run.norm_type}_loss_acc.png")
 
 
 def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
-    """Draws one figure of several logs and returns its path. Raises ValueError, OSError.
+    """Draws one figure of several logs and returns its path. Raises UserError, OSError.
 
     A log without an evaluation is left out, and named on stderr.
     """
@@ -37,7 +38,7 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
         else:
             print(f"plot_acc_loss.py: left out: {run.path} holds no evaluation", file=sys.stderr)
     if not runs:
-        raise ValueError("no log holds an evaluation")
+        raise UserError("no log holds an evaluation")
     labels = [_label(run) for run in runs]
     for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
         labels[i] = runs[i].path.stem  # runs alike are told apart by their files
@@ -50,22 +51,18 @@ def _label(run: RunLog) -> str:
     return f"{label} pretrained" if run.pretrained else label
 
 
-def main() -> int:
+@reported
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
     args = parser.parse_args()
-    try:
-        if len(args.logs) == 1:
-            print(plot_log(args.logs[0], args.out_dir))
-        else:
-            print(plot_comparison(args.logs, args.out_dir))
-    except (OSError, ValueError) as error:
-        print(f"plot_acc_loss.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if len(args.logs) == 1:
+        print(plot_log(args.logs[0], args.out_dir))
+    else:
+        print(plot_comparison(args.logs, args.out_dir))
 
 
 if __name__ == "__main__":

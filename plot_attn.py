@@ -15,6 +15,7 @@ import torch
 from models.modeling import CONFIGS, VisionTransformer
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data_utils import DATASETS, load_dataset, resize
+from utils.errors import UserError, reported
 from utils.vis_utils import (
     attention_map_figure,
     attention_rollout,
@@ -34,7 +35,7 @@ def plot_attention(
 
     model: built with vis=True; returns (logits, one (B, heads, N, N) tensor a block).
     image: (1, 3, S, S) in [-1, 1]. title: the image's, such as its class.
-    Raises ValueError if the model has none of the blocks, OSError if a figure cannot be written.
+    Raises UserError if the model has none of the blocks, OSError if a figure cannot be written.
     """
     was_training = model.training
     _, weights = model.eval()(image)
@@ -42,7 +43,7 @@ def plot_attention(
     weights = [attention[0].float().cpu().numpy() for attention in weights]  # (heads, N, N) each
     layers = [i for i in layers if 0 <= i < len(weights)]
     if not layers:
-        raise ValueError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
+        raise UserError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
 
     out_dir = Path(out_dir)
     paths = []
@@ -56,7 +57,8 @@ def plot_attention(
     return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
 
 
-def main() -> int:
+@reported
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,37 +71,26 @@ def main() -> int:
     )
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for figures (%(default)s)")
     args = parser.parse_args()
-    try:
-        checkpoint = load_checkpoint(args.checkpoint)
-        if "flags" not in checkpoint:
-            raise ValueError(f"{args.checkpoint} holds weights alone, not the flags of their run")
-        state, flags = checkpoint["model"], checkpoint["flags"]
-        try:
-            model = VisionTransformer(
-                CONFIGS[flags["model_type"]],
-                img_size=flags["img_size"],
-                norm_type=flags["norm_type"],
-                num_classes=len(state["head.weight"]),
-                vis=True,
-            )
-            name = DATASETS[DATASETS.index(args.dataset or flags["dataset"])]
-        except Exception:  # hand-made flags fail in a dozen ways
-            raise ValueError(f"{args.checkpoint}: its flags name no model or dataset") from None
-        load_weights(model, state, args.checkpoint)
-        dataset = load_dataset(name, args.data_dir)
-        count = len(dataset.test_images)
-        if not 0 <= args.image < count:
-            raise ValueError(f"--image {args.image}: the test images are 0 to {count - 1}")
-        image = resize(dataset.test_images[args.image : args.image + 1], flags["img_size"])
-        title = dataset.classes[int(dataset.test_labels[args.image])]
-        for path in plot_attention(
-            model, image, flags["norm_type"], args.layers, args.out_dir, title
-        ):
-            print(path)
-    except (OSError, ValueError) as error:
-        print(f"plot_attn.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    checkpoint = load_checkpoint(args.checkpoint)
+    if "flags" not in checkpoint:
+        raise UserError(f"{args.checkpoint} holds weights alone, not the flags of their run")
+    state, flags = checkpoint["model"], checkpoint["flags"]
+    model = VisionTransformer(
+        CONFIGS[flags["model_type"]],
+        img_size=flags["img_size"],
+        norm_type=flags["norm_type"],
+        num_classes=len(state["head.weight"]),
+        vis=True,
+    )
+    load_weights(model, state, args.checkpoint)
+    dataset = load_dataset(args.dataset or flags["dataset"], args.data_dir)
+    count = len(dataset.test_images)
+    if not 0 <= args.image < count:
+        raise UserError(f"--image {args.image}: the test images are 0 to {count - 1}")
+    image = resize(dataset.test_images[args.image : args.image + 1], flags["img_size"])
+    title = dataset.classes[int(dataset.test_labels[args.image])]
+    for path in plot_attention(model, image, flags["norm_type"], args.layers, args.out_dir, title):
+        print(path)
 
 
 if __name__ == "__main__":

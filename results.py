@@ -10,7 +10,8 @@ import argparse
 import csv
 import sys
 
-from utils.run_logger import RunLog, read_log
+from utils.errors import reported
+from utils.log_reader import RunLog, read_log
 
 FIELDS = "dataset,model,norm,pretrained,best_accuracy_percent,minutes,steps,finished".split(",")
 
@@ -69,23 +70,19 @@ def write_csv(runs: list[RunLog], file) -> None:
         )
 
 
-def main() -> int:
+@reported
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
     parser.add_argument("--csv", action="store_true", help="write CSV, one line a log")
     args = parser.parse_args()
-    try:
-        runs = [read_log(path) for path in args.logs]
-    except (OSError, ValueError) as error:
-        print(f"results.py: error: {error}", file=sys.stderr)
-        return 2
+    runs = [read_log(path) for path in args.logs]
     if args.csv:
         write_csv(runs, sys.stdout)
     else:
         print(markdown_tables(runs))
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
 
 BASE_URL = "https://storage.googleapis.com/vit_models/imagenet21k"
 PUBLISHED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14")
@@ -47,15 +48,11 @@ _BLOCK = {
 }
 
 
-class PretrainedError(ValueError):
-    """Pretrained weights are missing, damaged or another model's; the message is one line."""
-
-
 def load_pretrained(model, file):
     """Load `file`, in any of the three formats, into `model`; returns the lines to log about it.
 
     Position embeddings of another grid are resized. A head of another size, or `model.zero_head`,
-    makes ours start at zero. Raises `PretrainedError`, and leaves the model as it was.
+    makes ours start at zero. Raises `UserError`, and leaves the model as it was.
     """
     file = Path(file)
     arrays, from_google = _read(file)
@@ -104,13 +101,13 @@ def load_pretrained(model, file):
 def download(model_type, folder="pretrain"):
     """Path of `folder/{model_type}.npz`, fetched from Google's ViT release unless it is there.
 
-    Raises `PretrainedError` when it can't be had; nothing is left behind then.
+    Raises `UserError` when it can't be had; nothing is left behind then.
     """
     file = Path(folder) / f"{model_type}.npz"
     if file.is_file():
         return file
     if model_type not in PUBLISHED:
-        raise PretrainedError(
+        raise UserError(
             f"--pretrained_dir auto: no file is published for {model_type}, only for "
             f"{', '.join(PUBLISHED)}"
         )
@@ -130,7 +127,7 @@ def download(model_type, folder="pretrain"):
             raise OSError("what came is not a .npz")
         os.replace(part, file)
     except (OSError, http.client.HTTPException) as error:
-        raise PretrainedError(f"--pretrained_dir auto: cannot download {url}: {error}") from error
+        raise UserError(f"--pretrained_dir auto: cannot download {url}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return file
@@ -139,27 +136,26 @@ def download(model_type, folder="pretrain"):
 def _read(file):
     """Arrays of `file` by name, and whether the names and layouts are Google's."""
     if not file.is_file():
-        raise PretrainedError(
+        raise UserError(
             f"--pretrained_dir {file}: no such file; --pretrained_dir auto downloads it, or get it "
             f"from Google's ViT release, {BASE_URL}/{{{','.join(PUBLISHED)}}}.npz"
         )
+    if not _is_npz(file):
+        try:
+            weights = load_checkpoint(file)["model"]
+        except UserError as error:
+            raise UserError(f"--pretrained_dir {error}; nor is it a .npz") from None
+        return {name: _to_numpy(file, name, value) for name, value in weights.items()}, False
     arrays, name = {}, "its list of arrays"
     try:
-        if not _is_npz(file):
-            weights = load_checkpoint(file)["model"]
-            return {name: _to_numpy(file, name, value) for name, value in weights.items()}, False
         with np.load(file, allow_pickle=False) as npz:
             for name in npz.files:
                 arrays[name] = np.asarray(npz[name])
-        return arrays, True
-    except PretrainedError:
-        raise
-    except CheckpointError as error:
-        raise PretrainedError(f"--pretrained_dir {error}; nor is it a .npz") from None
     except Exception as error:  # a damaged zip fails in a dozen ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         message = f"--pretrained_dir {file}: cannot read {name}, is it damaged? ({reason})"
-        raise PretrainedError(message) from None
+        raise UserError(message) from None
+    return arrays, True
 
 
 def _is_npz(file):
@@ -173,7 +169,7 @@ def _is_npz(file):
 def _to_numpy(file, name, value):
     """Tensor of a checkpoint as an array, fp32 if it is one of floats."""
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-        raise PretrainedError(f"--pretrained_dir {file}: no state dict, {name!r} is no tensor")
+        raise UserError(f"--pretrained_dir {file}: no state dict, {name!r} is no tensor")
     value = value.detach()
     return (value.float() if value.is_floating_point() else value).numpy()
 
@@ -229,13 +225,13 @@ def _check_names(file, ours, theirs, arrays):
     ]
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise PretrainedError(
+        raise UserError(
             f"--pretrained_dir {file}: lacks {missing[0]}{others}: is it for another model?"
         )
     depth = 1 + max(block for key in ours if (block := _block(key)) is not None)
     for name in arrays:
         if (_block(name) or 0) >= depth:
-            raise PretrainedError(
+            raise UserError(
                 f"--pretrained_dir {file}: has {name}, the model only {depth} blocks: "
                 "is it for another model?"
             )
@@ -258,12 +254,12 @@ def _checked(file, name, array, shape, floats):
     if array.size == prod(shape) == 1:  # a scalar may be () or (1,)
         array = array.reshape(shape)
     if array.shape != shape:
-        raise PretrainedError(
+        raise UserError(
             f"--pretrained_dir {file}: {name} is {array.shape}, the model needs {shape}: "
             "is it for another model?"
         )
     if floats and (array.dtype.kind != "f" or array.itemsize > 8):
-        raise PretrainedError(
+        raise UserError(
             f"--pretrained_dir {file}: {name} holds {array.dtype}, not float16, float32 or float64"
         )
     return array.astype(np.float32, copy=False) if floats else array

@@ -1,13 +1,9 @@
-"""The command line of train.py: flags, their validation, and the names of a run's files."""
+"""The command line of train.py: flags and their validation."""
 
 import argparse
-import hashlib
 import math
 import os
 import re
-import tempfile
-from pathlib import Path
-from urllib.parse import quote
 
 from models.configs import CONFIGS
 from models.norms import NORM_TYPES
@@ -15,18 +11,6 @@ from utils import dist_util
 from utils.data_utils import DATASETS
 from utils.precision import HALF_DTYPES, LEVELS
 from utils.scheduler import SCHEDULES
-
-# Flags that decide neither the weights nor which of them count as best: they are in no name, and
-# may change when a run is resumed.
-OPERATIONAL = (
-    "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
-    " stop_after log_every grad_checkpointing"
-).split()
-IN_REFERENCE_NAME = ("model_type", "norm_type", "fp16", "img_size")
-
-
-class UsageError(ValueError):
-    """The user's mistake, or a fault of the machine that the user can mend; one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,15 +57,6 @@ def _gpu(text):
     return text
 
 
-def _choice(kind, known):
-    def parse(text):
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not known; {kind}: {', '.join(known)}")
-        return text
-
-    return parse
-
-
 MAX_COUNT = 10**7
 
 
@@ -101,19 +76,19 @@ def build_parser():
     add(
         "--dataset",
         default="cifar10",
-        type=_choice("datasets", DATASETS),
+        choices=DATASETS,
         help=f"one of {', '.join(DATASETS)}; digits needs no download",
     )
     add(
         "--model_type",
         default="ViT-B_16",
-        type=_choice("models", CONFIGS),
+        choices=CONFIGS,
         help=f"one of {', '.join(CONFIGS)}; the number is the patch in pixels",
     )
     add(
         "--norm_type",
         default="LN",
-        type=_choice("norm types", NORM_TYPES),
+        choices=NORM_TYPES,
         help=f"normalization, one of {', '.join(NORM_TYPES)} (Rescale: none)",
     )
     add(
@@ -146,7 +121,7 @@ def build_parser():
     add(
         "--decay_type",
         default="cosine",
-        type=_choice("decay types", SCHEDULES),
+        choices=SCHEDULES,
         help="cosine or linear, to 0 at num_steps",
     )
     add(
@@ -161,7 +136,7 @@ def build_parser():
     add(
         "--fp16_opt_level",
         default="O2",
-        type=_choice("levels", LEVELS),
+        choices=LEVELS,
         help="O0 fp32, O1 autocast, O2 half weights with fp32 masters, O3 all half",
     )
     add(
@@ -173,14 +148,20 @@ def build_parser():
     add(
         "--half_dtype",
         default="auto",
-        type=_choice("half types", ("auto", *HALF_DTYPES)),
-        help="auto: fp16 on CUDA, bf16 elsewhere",
+        choices=("auto", *HALF_DTYPES),
+        help="auto: fp16 on CUDA, bf16 on a processor with bf16 units, else fp32",
     )
     add(
         "--amp_backend",
         default="native",
-        type=_choice("backends", ("native", "apex")),
+        choices=("native", "apex"),
         help="apex needs an installed apex that still has apex.amp",
+    )
+    add(
+        "--cpu_kernels",
+        default="auto",
+        choices=("auto", "plain"),
+        help="auto: what is faster on this processor; plain: PyTorch's own layers",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add(
@@ -264,89 +245,3 @@ def parse_args(argv=None):
     if dist_util.launched():
         args.processes = int(os.environ["WORLD_SIZE"])
     return args
-
-
-class RunFiles:
-    """Where one run's files are. Two runs with different flags never share one.
-
-    Names are the reference's. They leave out most flags: those that are not at their defaults are
-    appended. Raises UsageError if output_dir cannot be written.
-    """
-
-    def __init__(self, args):
-        self.output_dir = Path(args.output_dir)
-        pretrained = "T" if args.pretrained_dir else "F"
-        middle = f"{args.model_type}_norm_{args.norm_type}_fp_{args.fp16}_img_{args.img_size}"
-        middle += f"_pretrain_{pretrained}"
-        rest = _non_default(args)
-        self.run_name = f"{args.name}_{middle}{_suffix(rest)}"
-        rest.pop("dataset", None)
-        self.log = self.output_dir / f"{args.dataset}_{middle}_{args.name}{_suffix(rest)}.txt"
-        self.tensorboard = Path("logs") / self.run_name
-        self.best = self.output_dir / f"{self.run_name}_checkpoint.bin"
-        self.final = self.output_dir / f"{self.run_name}_final.bin"
-        self.lock = self.output_dir / f"{self.run_name}.lock"
-        self.tensorboard_lock = Path("logs") / f"{self.run_name}.lock"
-
-    def step(self, step):
-        """The checkpoint that continues after `step`."""
-        return self.output_dir / f"{self.run_name}_step_{step}.bin"
-
-    def steps(self):
-        """The run's checkpoints to continue from, newest (most steps) first."""
-        pattern = re.compile(re.escape(self.run_name) + r"_step_(\d+)\.bin")
-        found = [pattern.fullmatch(path.name) for path in self.output_dir.glob("*_step_*.bin")]
-        steps = sorted((int(match[1]) for match in found if match), reverse=True)
-        return [self.step(step) for step in steps]
-
-    def checkpoints(self):
-        """All of the run's checkpoints that exist."""
-        return [path for path in (*self.steps(), self.best, self.final) if path.exists()]
-
-    def existing(self):
-        """A file that shows that the run was begun, or None."""
-        return next((path for path in (*self.checkpoints(), self.log) if path.exists()), None)
-
-    def check_writable(self):
-        for folder in (self.output_dir, self.tensorboard.parent):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                flag = "--output_dir " if folder == self.output_dir else ""
-                raise UsageError(
-                    f"{flag}{folder} cannot be written: {os.strerror(error.errno)}"
-                ) from None
-
-
-def result_flags(args):
-    """The flags that decide a run's result, as a dict of plain values."""
-    operational = set(OPERATIONAL)
-    if args.compile:  # a compiler fuses, and so rounds, differently where it recomputes
-        operational.remove("grad_checkpointing")
-    return {k: v for k, v in sorted(vars(args).items()) if k not in operational}
-
-
-def _non_default(args):
-    parser = build_parser()
-    flags = {
-        k: v
-        for k, v in result_flags(args).items()
-        if v != parser.get_default(k) and k not in IN_REFERENCE_NAME
-    }
-    if not args.fp16:  # without --fp16 these have no effect
-        for k in ("fp16_opt_level", "loss_scale", "half_dtype", "amp_backend"):
-            flags.pop(k, None)
-    source = os.path.normpath(flags.pop("pretrained_dir", None) or "auto")
-    if source not in ("auto", os.path.join("pretrain", f"{args.model_type}.npz")):
-        flags["from"] = quote(os.fsencode(source), safe="")
-    return flags
-
-
-def _suffix(flags):
-    # A comma cannot be in --name: two runs never come to the same file name.
-    text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in flags.items())
-    if len(text) <= 90:
-        return text
-    return "," + hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.errors import UserError
+
 SIDE = 32  # pixels, both ways, of every stored image
 DATASETS = ("cifar10", "cifar100", "digits")
-
-
-class DataError(ValueError):
-    """The data cannot be had; the message is one line for the user."""
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Dataset:
 def load_dataset(name, data_dir="data"):
     """`cifar10`, `cifar100` (downloaded to data_dir when absent) or `digits` (scikit-learn's own).
 
-    Raises DataError: damaged or missing files, no network, an unreadable folder.
+    Raises UserError: damaged or missing files, no network, an unreadable folder.
     """
     if name == "digits":
         return _digits()
@@ -51,18 +49,18 @@ def load_dataset(name, data_dir="data"):
         meta = [cifar.meta["filename"], cifar.meta["md5"]]
         for file, md5 in [*cifar.train_list, *cifar.test_list, meta]:
             if not check_integrity(folder / file, md5):
-                raise DataError(
+                raise UserError(
                     f"--data_dir {data_dir}: {folder / file} is missing or damaged (its MD5 should"
                     f" be {md5}); delete {folder} and it is downloaded anew"
                 )
         train, test = cifar(data_dir, train=True), cifar(data_dir, train=False)
     except URLError as error:
-        raise DataError(
+        raise UserError(
             f"--dataset {name}: not in --data_dir {data_dir}, and the download failed"
             f" ({error.reason}); put {cifar.base_folder} there, or try --dataset digits"
         ) from None
     except (OSError, RuntimeError) as error:
-        raise DataError(f"--data_dir {data_dir}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--data_dir {data_dir}: {str(error).splitlines()[0]}") from None
 
     def tensors(split):
         images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
@@ -196,17 +194,16 @@ class TrainBatches:
         self.epoch = epoch
 
     def indices(self, i):
-        """This process's training-set indices in batch i, (b,)."""
+        """Training-set indices of batch i, those of all processes, (b * world_size,)."""
         epoch, place = divmod(i, self.per_epoch)
         if epoch != self.epoch:
             self._start_epoch(epoch)
-        start = place * self.batch_size * self.world_size
-        batch = self.order[start : start + self.batch_size * self.world_size]
-        return batch.tensor_split(self.world_size)[self.rank]
+        total = self.batch_size * self.world_size
+        return self.order[place * total : (place + 1) * total]
 
     def __call__(self, i):
-        """Images (b, 3, size, size) in [-1, 1] and labels (b,) of batch i."""
-        chosen = self.indices(i)
+        """Images (b, 3, size, size) in [-1, 1] and labels (b,) of batch i, this process's part."""
+        chosen = self.indices(i).tensor_split(self.world_size)[self.rank]
         return self.resizer(self.images[chosen], self.boxes[chosen]), self.labels[chosen]
 
 

@@ -1,33 +1,13 @@
-"""Processes: who am I, how many are we, sums over all of us. One process needs no set-up."""
+"""Processes: which one is this, how many are there, sums over all. One process needs no set-up."""
 
-import ctypes
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-
-class DeviceError(ValueError):
-    """The device that the flags ask for is not there; the message is one line for the user."""
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-
-
-def keep_freed_memory():
-    """Have glibc keep what PyTorch frees, so that the next step finds its pages mapped."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-
-
-def return_freed_memory():
-    """Have glibc give back the pages of what is free; what is never used again costs nothing."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+from utils.errors import UserError
 
 
 def launched():
@@ -37,7 +17,6 @@ def launched():
 
 def init(args):
     """Join the process group, if there is one; returns this process's device."""
-    keep_freed_memory()
     if torch.cuda.is_available():
         flag, number = "--gpu_id", args.gpu_id
         if launched():  # an old launcher passes the flag, torchrun sets the variable
@@ -45,7 +24,7 @@ def init(args):
             number = os.environ.get("LOCAL_RANK", max(args.local_rank, 0))
         number, last = int(number), torch.cuda.device_count() - 1
         if number > last:
-            raise DeviceError(f"{flag} {number}: the GPUs here are 0 to {last}")
+            raise UserError(f"{flag} {number}: the GPUs here are 0 to {last}")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available():
@@ -70,12 +49,12 @@ def world_size():
 
 
 def sum_over_processes(tensor):
-    """The sum over all processes of a tensor on the CPU."""
+    """The sum of a tensor over all processes, where the tensor is."""
     if not dist.is_initialized():
         return tensor
-    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor)
-    return tensor.cpu()
+    total = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor.clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def any_process(flag):
@@ -83,14 +62,23 @@ def any_process(flag):
     return bool(sum_over_processes(torch.tensor(int(flag))))
 
 
+def share_buffers(model):
+    """Give all processes the main one's buffers, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 @contextmanager
 def main_first():
     """The main process goes through the block before the others, which find what it left."""
     if dist.is_initialized() and not is_main():
         dist.barrier()
-    yield
-    if dist.is_initialized() and is_main():
-        dist.barrier()
+    try:
+        yield
+    finally:  # an error in the main process must not leave the others waiting
+        if dist.is_initialized() and is_main():
+            dist.barrier()
 
 
 def wrap(model):

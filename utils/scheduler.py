@@ -1,8 +1,6 @@
-"""Learning-rate schedules: the factor on the peak learning rate at update u = 1..total."""
+"""Learning-rate schedules: the factor on the peak learning rate at step u = 1..total."""
 
 import math
-
-import torch
 
 
 def warmup_cosine(u, warmup, total):
@@ -20,9 +18,3 @@ def warmup_linear(u, warmup, total):
 
 
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
-
-
-def lr_table(decay_type, peak, warmup, total):
-    """Learning rates of updates 0..total as fp32 (total + 1,), to be looked up on the device."""
-    factor = SCHEDULES[decay_type]
-    return torch.tensor([peak * factor(u, warmup, total) for u in range(total + 1)])

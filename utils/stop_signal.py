@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 from utils import dist_util
@@ -11,10 +12,13 @@ EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
 class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 asks to stop after the step; a second one stops at once."""
+    """SIGTERM, SIGINT or SIGUSR1 asks to stop after the step; a second one stops at once.
+
+    Until `began` is set, after a first step, there is nothing to save: the first stops at once too.
+    """
 
     def __init__(self):
-        self.received = None
+        self.received, self.began = None, False
         for number in EXIT_STATUS:
             signal.signal(number, self._handle)
 
@@ -25,6 +29,8 @@ class StopSignal:
                 os._exit(128 + number)
             return
         self.received, self.time = signal.Signals(number), time.monotonic()
+        if not self.began:
+            sys.exit(self.exit_status)
 
     @property
     def now(self):

@@ -1,0 +1,31 @@
+"""What becomes of a run whose loss or gradients are not finite."""
+
+import torch
+
+from utils.errors import DivergedError
+from utils.run_logger import fault
+
+MAX_SKIPPED = 50  # skipped steps in a row that end a run
+
+
+def check_finite(run, step, records, precision, batches, parts, log, files):
+    """Count the skipped among the StepRecords of the steps up to `step`, in `run`.
+
+    Without a loss scale one is too many, with one MAX_SKIPPED in a row: then the log gets the
+    training images of that step, and DivergedError is raised.
+    """
+    for number, record in enumerate(records, step - len(records) + 1):
+        if record.finite:
+            run["skipped_in_a_row"] = 0
+            continue
+        run["skipped"] += 1
+        run["skipped_in_a_row"] += 1
+        if precision.scaled and run["skipped_in_a_row"] < MAX_SKIPPED:
+            continue
+        indices = [batches.indices(i) for i in range((number - 1) * parts, number * parts)]
+        log.info(f"Training images of the step: {torch.cat(indices).tolist()}")
+        good = next(iter(files.steps()), "none")
+        raise DivergedError(
+            f"not finite: {fault(number, record)}; its images' indices are in {files.log}; last"
+            f" good checkpoint: {good}"
+        )

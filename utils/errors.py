@@ -1,0 +1,48 @@
+"""Errors that end a program with one line instead of a traceback."""
+
+import functools
+import re
+import signal
+import sys
+from pathlib import Path
+
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # on a CPU no type tells it
+
+
+class UserError(ValueError):
+    """The user's mistake, or a fault of the machine that the user can mend: one line, status 2."""
+
+
+class DivergedError(ArithmeticError):
+    """Training met a loss or gradient that is not finite: one line, status 1."""
+
+
+def reported(main):
+    """Decorator of a program's main(): its errors become one line on stderr and an exit status."""
+    program = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run():
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+        try:
+            return main()
+        except KeyboardInterrupt:
+            return 130
+        except (UserError, DivergedError) as error:
+            line, status = error, 1 if isinstance(error, DivergedError) else 2
+        except OSError as error:
+            line = f"{error.filename}: {error.strerror}" if error.filename else error
+            status = 2
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+                raise
+            line = (
+                "not enough memory: lower --train_batch_size, --eval_batch_size or --img_size,"
+                " raise --gradient_accumulation_steps, or use --grad_checkpointing"
+            )
+            status = 2
+        sys.stderr.write(f"{program}: error: {line}\n")
+        return status
+
+    return run

@@ -1,0 +1,66 @@
+"""Evaluation on the test images, during training and by --eval."""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from models.fast_cpu import accelerate
+from models.modeling import CONFIGS, VisionTransformer
+from utils import dist_util
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.data_utils import Resizer, TestBatches, load_dataset, resize
+from utils.precision import Precision
+
+
+@torch.inference_mode()
+def evaluate(model, test_batches, precision, stop=None):
+    """Mean cross entropy and accuracy in [0, 1] over all test images; None if to stop at once."""
+    model.eval()
+    dist_util.share_buffers(model)
+    sums = []
+    for images, labels in test_batches:
+        with precision.autocast():
+            logits, _ = model(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums.append(torch.stack([loss, correct, torch.full_like(loss, len(labels))]))
+        if stop and stop.now:
+            return None
+    sums = torch.stack(sums).cpu().double().sum(0)
+    loss, correct, count = dist_util.sum_over_processes(sums).tolist()
+    return loss / count, correct / count
+
+
+def evaluate_run(args, files, device, level, half_dtype):
+    """--eval: evaluate the run's best weights and draw its figures."""
+    from plot_acc_loss import plot_log  # matplotlib takes a second that training need not wait for
+    from plot_attn import plot_attention
+
+    saved = load_checkpoint(files.best)
+    dataset = load_dataset(args.dataset, args.data_dir)
+
+    def make_model(vis):
+        model = VisionTransformer(
+            CONFIGS[args.model_type], args.img_size, args.norm_type, len(dataset.classes), vis=vis
+        )
+        load_weights(model, saved["model"], files.best)
+        return model
+
+    image = resize(dataset.test_images[:1], args.img_size)
+    title = dataset.classes[dataset.test_labels[0]]
+    figures = plot_attention(make_model(vis=True), image, args.norm_type, title=title)
+    try:
+        figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"No figure of loss and accuracy: {error}")
+
+    model = make_model(vis=False).to(device)
+    precision = Precision(model, level, half_dtype)
+    if args.cpu_kernels == "auto":
+        accelerate(model, args.compile)
+    resizer = Resizer(args.img_size, device, precision.input_dtype)
+    test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device)
+    loss, accuracy = evaluate(model, test_batches, precision)
+    print(f"Valid Loss: {loss:.5f}\nValid Accuracy: {accuracy:.5f}")
+    print("Figures:", *figures)
