@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from models.modeling import CONFIGS, VisionTransformer
+from models.norms import NORM_TYPES
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data_utils import DATASETS, load_dataset, resize
 from utils.errors import UserError, reported
@@ -75,6 +76,10 @@ def main():
     if "flags" not in checkpoint:
         raise UserError(f"{args.checkpoint} holds weights alone, not the flags of their run")
     state, flags = checkpoint["model"], checkpoint["flags"]
+    flags["dataset"] = args.dataset or flags.get("dataset")
+    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
+        if flags.get(flag) not in known:
+            raise UserError(f"{args.checkpoint}: its {flag} {flags.get(flag)} is unknown here")
     model = VisionTransformer(
         CONFIGS[flags["model_type"]],
         img_size=flags["img_size"],
@@ -83,7 +88,7 @@ def main():
         vis=True,
     )
     load_weights(model, state, args.checkpoint)
-    dataset = load_dataset(args.dataset or flags["dataset"], args.data_dir)
+    dataset = load_dataset(flags["dataset"], args.data_dir)
     count = len(dataset.test_images)
     if not 0 <= args.image < count:
         raise UserError(f"--image {args.image}: the test images are 0 to {count - 1}")

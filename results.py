@@ -8,6 +8,7 @@ One table a dataset, one row a model, one column a norm type. Accuracies are in 
 
 import argparse
 import csv
+import signal
 import sys
 
 from utils.errors import reported
@@ -78,6 +79,7 @@ def main():
     parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
     parser.add_argument("--csv", action="store_true", help="write CSV, one line a log")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     runs = [read_log(path) for path in args.logs]
     if args.csv:
         write_csv(runs, sys.stdout)

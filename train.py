@@ -132,7 +132,8 @@ def train(args, files, device, stop):
             log.info("***** Running Validation *****")
             log.info(f"  Num steps = {len(test_batches)}")
             log.info(f"  Batch size = {args.eval_batch_size}")
-            result = evaluate(eval_model, test_batches, precision, stop)
+            forward = eval_model if step >= MEASURING_STEPS else model
+            result = evaluate(forward, test_batches, precision, stop)
             if result:
                 loss, run["accuracy"] = result
                 run["evaluated"] = step

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from models.modeling import Attention, Mlp
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-MAX_TOKENS = 256  # up to here two batched products are faster than PyTorch's fused attention
+MAX_TOKENS = 256  # up to here two batched products are faster than fused attention in bf16
 
 
 def has_bf16_units():
@@ -45,11 +44,8 @@ def accelerate(model, compiled=False):
         return "PyTorch's layers"
     _keep_freed_memory()
     swaps, words = {nn.Dropout: FastDropout}, "fast dropout"
-    if not compiled:
-        swaps |= {nn.Conv2d: PatchConv2d, nn.GroupNorm: FastGroupNorm, Attention: FastAttention}
-        words += ", patches, GroupNorm and attention"
-    if not compiled and has_bf16_units():
-        swaps |= {nn.Linear: OneDnnLinear, Mlp: OneDnnMlp}
+    if has_bf16_units() and not compiled:
+        swaps |= {nn.Linear: OneDnnLinear, Mlp: OneDnnMlp, Attention: Bf16Attention}
         words += ", linears by oneDNN"
     for module in model.modules():
         module.__class__ = swaps.get(type(module), type(module))
@@ -121,32 +117,6 @@ class FastDropout(nn.Dropout):
         return _Dropout.apply(x, self.p)
 
 
-# Patches and attention
-
-
-class PatchConv2d(nn.Conv2d):
-    """A convolution whose stride is its kernel, as one matrix product over the patches."""
-
-    def forward(self, x):
-        P = self.kernel_size[0]
-        is_patches = self.kernel_size == self.stride == (P, P) and self.groups == 1
-        if not is_patches or self.padding != (0, 0) or self.dilation != (1, 1):
-            return super().forward(x)
-        x = x.unflatten(-1, (-1, P)).unflatten(-3, (-1, P))  #  (B, C, h, P, w, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  #           (B, h, w, C P P)
-        return F.linear(x, self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-
-class FastAttention(Attention):
-    """For few tokens by two batched products."""
-
-    def attend(self, q, k, v):
-        if self.vis or self.attn_dropout.p > 0 or k.shape[-2] > MAX_TOKENS:
-            return super().attend(q, k, v)
-        q, k, v = (t.contiguous() for t in (q, k, v))
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-
-
 # Linear layers
 
 
@@ -172,10 +142,9 @@ class _OneDnnLinear(torch.autograd.Function):
         return _as_rows(F.conv2d(_as_image(x), weight[:, :, None, None], bias, dilation=2), x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, half = grad.flatten(0, -2), grad.dtype == torch.bfloat16
+        rows, half = grad.reshape(-1, grad.shape[-1]), grad.dtype == torch.bfloat16
         wanted = [ctx.needs_input_grad[0], not half, False]
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             *(_as_image(grad), _as_image(x), weight[:, :, None, None]),
@@ -189,7 +158,7 @@ class _OneDnnLinear(torch.autograd.Function):
             output_mask=wanted,
         )
         # In half precision the weight's gradient is faster as a plain product.
-        grad_weight = rows.t() @ x.flatten(0, -2) if half else grad_weight.view_as(weight)
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if half else grad_weight.view_as(weight)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return _as_rows(grad_x, x) if wanted[0] else None, grad_weight, grad_bias
 
@@ -197,11 +166,8 @@ class _OneDnnLinear(torch.autograd.Function):
 class OneDnnLinear(nn.Linear):
     """`nn.Linear` by oneDNN, which adds the bias within the product.
 
-    Where no gradients are wanted the weights are first brought into the order that its kernels
-    read, and kept so until they change; then GELU can be part of the product too.
+    Where no gradients are wanted, GELU can be part of the product too.
     """
-
-    packed, packed_version = None, None
 
     def forward(self, x, gelu=False):
         in_kind = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
@@ -211,80 +177,26 @@ class OneDnnLinear(nn.Linear):
             y = _OneDnnLinear.apply(x, self.weight, self.bias)
         else:
             then = ("gelu", [], "none") if gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed(), self.bias, *then)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
         return F.gelu(y) if gelu else y
-
-    def _packed(self):
-        if self.packed is None or self.packed_version != self.weight._version:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-            self.packed_version = self.weight._version
-        return self.packed
-
-    def train(self, mode=True):
-        self.packed = None
-        return super().train(mode)
 
 
 class OneDnnMlp(Mlp):
     def forward(self, x):
+        if type(self.fc1) is not OneDnnLinear or self.fc1._forward_hooks:
+            return super().forward(x)  # reparametrized, or watched
         x = self.dropout(self.fc1(x, gelu=True))
         return self.dropout(self.fc2(x))
 
 
-# GroupNorm
+# Attention
 
 
-class _GroupNorm(torch.autograd.Function):
-    """GroupNorm of (B, N, D) in passes over the tokens as they lie, statistics in fp32.
+class Bf16Attention(Attention):
+    """In bf16 by two batched products, faster for few tokens than PyTorch's fused attention."""
 
-    y = h * weight + bias with h = (x - mean) * rstd, statistics over a group's channels and tokens.
-    With g = grad * weight, x's gradient is rstd * (g - mean(g) - h * mean(g * h)).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        weight, bias = weight.view(groups, -1), bias.view(groups, -1)  #    (G, D/G)
-        rough = _token_means(x, groups).mean(-1, keepdim=True)  #           (B, G, 1)
-        # Most of the mean goes first: a large one would be rounded, and cancel in bf16.
-        x = x - _by_channel(rough.expand(-1, -1, weight.shape[1]), x)
-        mean = _token_means(x, groups).mean(-1, keepdim=True)  #            of what is left
-        square = _token_means(x * x, groups).mean(-1, keepdim=True)
-        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, rstd)
-        scale = rstd * weight  #                                            (B, G, D/G)
-        return torch.addcmul(_by_channel(bias - mean * scale, x), x, _by_channel(scale, x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, mean, rstd = ctx.saved_tensors
-        grad_bias = _token_means(grad, len(weight))
-        grad_weight = (_token_means(grad * x, len(weight)) - mean * grad_bias) * rstd
-        mean_g, mean_gh = ((t * weight).mean(-1, keepdim=True) for t in (grad_bias, grad_weight))
-        slope = (-rstd * rstd * mean_gh).expand_as(grad_bias)
-        shift = -rstd * mean_g - slope * mean
-        grad_x = torch.addcmul(_by_channel(shift, x), grad, _by_channel(rstd * weight, x))
-        grad_x.addcmul_(x, _by_channel(slope, x))
-        sums = (t.sum(0).mul_(x.shape[1]).flatten() for t in (grad_weight, grad_bias))
-        return grad_x, *(t.to(weight.dtype) for t in sums), None, None
-
-
-def _token_means(x, groups):
-    """(B, N, D) to (B, G, D/G), in fp32. Sums in x's own type are several times as fast."""
-    return (x.sum(1).float() / x.shape[1]).view(len(x), groups, -1)
-
-
-def _by_channel(t, x):
-    """(B, G, D/G) to (B, 1, D), in x's type."""
-    return t.reshape(len(x), 1, -1).to(x.dtype)
-
-
-class FastGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` of (B, D, N), a view of tokens (B, N, D): no transpose copy."""
-
-    def forward(self, x):
-        in_kind = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-        if not in_kind:
-            return super().forward(x)
-        tokens = x.transpose(1, 2)
-        return _GroupNorm.apply(tokens, self.weight, self.bias, self.num_groups, self.eps).mT
+    def attend(self, q, k, v):
+        if self.vis or self.attn_dropout.p or q.dtype != torch.bfloat16 or k.shape[-2] > MAX_TOKENS:
+            return super().attend(q, k, v)
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v

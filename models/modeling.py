@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.configs import CONFIGS  # noqa: F401  (the model and its sizes are imported together)
-from models.norms import ALL, NORM_TYPES
+from models.norms import ALL, NORM_TYPES, is_per_token
 from models.recompute import recomputed
 
 CLASS_TOKEN = slice(0, 1)
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
     def __init__(self, config, norm_type, vis=False):
         super().__init__()
         dim, depth = config.hidden_size, config.transformer.num_layers
-        block, norm, final_norm = NORM_TYPES[norm_type]
+        block, norm, final_norm, _ = NORM_TYPES[norm_type]
         self.layer = nn.ModuleList(
             block(Attention(config, vis), Mlp(config), norm, dim, index, depth)
             for index in range(depth)
@@ -119,8 +119,9 @@ class Encoder(nn.Module):
     def forward(self, x):
         for block in self.layer:
             # The head reads the class token alone, so the last block need not compute the others.
-            is_last = block is self.layer[-1]
-            tokens = CLASS_TOKEN if is_last and block.per_token and not self.vis else ALL
+            class_token_alone = block is self.layer[-1] and not self.vis
+            class_token_alone &= block.per_token and is_per_token(self.encoder_norm)
+            tokens = CLASS_TOKEN if class_token_alone else ALL
             inputs = (x,) if tokens == ALL else (x, tokens)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, *inputs)
@@ -160,6 +161,8 @@ class VisionTransformer(nn.Module):
         self.vis = vis
         self.transformer = Transformer(config, img_size, norm_type, vis)
         self.head = nn.Linear(config.hidden_size, num_classes)
+        if prepare := NORM_TYPES[norm_type].prepare:
+            prepare(self)
 
     def forward(self, x, labels=None):
         x = self.transformer(x)

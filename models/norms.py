@@ -7,6 +7,7 @@ Shapes: B batch, N tokens (the class token first), D channels.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,8 +98,6 @@ class LayerNorm(nn.LayerNorm):
 class BatchNorm(nn.Module):
     """A statistic per channel, over batch and tokens. Source: Ioffe & Szegedy 2015."""
 
-    keeps_fp32 = True  # at level O2, as in apex
-
     def __init__(self, dim):
         super().__init__()
         self.layer = nn.BatchNorm1d(dim, eps=EPS, momentum=0.1)
@@ -164,13 +163,14 @@ class AddBias(nn.Module):
 
 def is_per_token(layer):
     """Whether `layer` maps each token by itself, as far as it says so."""
-    return getattr(layer, "per_token", False)
+    return getattr(layer, "per_token", isinstance(layer, nn.Identity))
 
 
 class NormType(NamedTuple):
-    block: type  #                of a `Block`
-    norm: type  #                 its norm layer, made by `norm(dim)`
+    block: type  # a `Block`
+    norm: type  # its norm layer, made by `norm(dim)`
     final_norm: type | None = None  # after the last block; None: `norm`
+    prepare: Callable | None = None  # called with the whole model, once that is made
 
 
 NORM_TYPES = {

@@ -7,8 +7,7 @@ has arrays of the same name, so a new norm type needs nothing in this file.
 import http.client
 import os
 import re
-import shutil
-import urllib.request
+import socket
 import zipfile
 from math import isqrt, prod
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -26,6 +24,7 @@ PUBLISHED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14")
 TIMEOUT_S = 30  # to connect, and for each read
 
 POSITIONS = "transformer.embeddings.position_embeddings"
+BLOCK = re.compile(r"(encoder\.layer\.|encoderblock_)(\d+)")  # in our names, in Google's
 # Our names -> Google's: arrays by themselves, modules outside the blocks, modules of a block.
 _ARRAYS = {
     POSITIONS: "Transformer/posembed_input/pos_embedding",
@@ -57,40 +56,40 @@ def load_pretrained(model, file):
     file = Path(file)
     arrays, from_google = _read(file)
     state = model.state_dict()
-    ours = {_plain(key): key for key in state}  #           plain name -> the model's
-    theirs = {_plain(name): name for name in arrays}  #     plain name -> the file's
     if from_google:
-        theirs = {key: name for key in ours if (name := _google_name(key))}
-    _check_names(file, ours, theirs, arrays)
+        names = {key: _google_name(_plain(key)) or key for key in state}
+    else:
+        theirs = {_plain(name): name for name in arrays}
+        names = {key: theirs.get(_plain(key), key) for key in state}
+    _check_names(file, names, arrays)
 
-    new, lines = {}, []
-    classes, own_classes = arrays[theirs["head.bias"]].size, len(state["head.bias"])
+    lines, zeros = [], {}
+    classes, own_classes = arrays[names["head.bias"]].size, len(state["head.bias"])
     if model.zero_head or classes != own_classes:
         for key in ("head.weight", "head.bias"):
-            del arrays[theirs.pop(key)]
-            new[key] = torch.zeros_like(state[key])
+            del arrays[names[key]]
+            zeros[key] = torch.zeros_like(state[key])
         lines.append(f"Left out: head of {classes} classes; ours, of {own_classes}, starts at zero")
 
-    zeroed, heads = len(new), model.transformer.encoder.layer[0].attn.num_heads
-    for key, name in theirs.items():
-        if key not in ours or name not in arrays:
+    new, heads = {}, model.transformer.encoder.layer[0].attn.num_heads
+    for key, want in state.items():
+        name, shape = names[key], tuple(want.shape)
+        if name not in arrays:
             continue
-        array, want = arrays.pop(name), state[ours[key]]
-        shape = tuple(want.shape)
+        array = arrays.pop(name)
         if key == POSITIONS and array.ndim == 3 and _side(array.shape[1]):
             shape = (1, array.shape[1], shape[2])  # any square grid will do
         layout = _google_shape(name, shape, heads) if from_google else shape
         array = _checked(file, name, array, layout, want.is_floating_point())
-        if from_google:
-            array = _from_google(name, array, shape)
-        new[ours[key]] = torch.from_numpy(array)
-        if shape != want.shape:
-            new[ours[key]] = _resize_positions(new[ours[key]], want.shape[1])
-            old, own = _side(shape[1]), _side(want.shape[1])
-            lines.append(f"Resized position embeddings {old}x{old} -> {own}x{own}")
+        new[key] = torch.from_numpy(_from_google(array, shape) if from_google else array)
 
+    old, own = _side(new[POSITIONS].shape[1]), _side(state[POSITIONS].shape[1])
+    if old != own:
+        new[POSITIONS] = _resize_positions(new[POSITIONS], old, own)
+        lines.append(f"Resized position embeddings {old}x{old} -> {own}x{own}")
+    lines.insert(0, f"Loaded {len(new)} arrays from {file}")
+    new |= zeros
     model.load_state_dict(state | new)
-    lines.insert(0, f"Loaded {len(new) - zeroed} arrays from {file}")
     if arrays:
         lines.append(f"Left out, as the model has none such: {_summary(arrays)}")
     if kept := [key for key in state if key not in new]:
@@ -113,18 +112,12 @@ def download(model_type, folder="pretrain"):
         )
     url = f"{BASE_URL}/{file.name}"
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    socket.setdefaulttimeout(TIMEOUT_S)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as reply, part.open("wb") as out:
-            size = int(reply.headers.get("Content-Length", 0))
-            with tqdm.wrapattr(reply, "read", total=size, desc=file.name) as body:
-                shutil.copyfileobj(body, out, 1 << 20)
-            out.flush()
-            os.fsync(out.fileno())
-        if (got := part.stat().st_size) < size:
-            raise OSError(f"the connection ended after {got} of {size} bytes")
+        torch.hub.download_url_to_file(url, part)
         if not zipfile.is_zipfile(part):
-            raise OSError("what came is not a .npz")
+            raise OSError("what came is not a whole .npz")
         os.replace(part, file)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"--pretrained_dir auto: cannot download {url}: {error}") from error
@@ -176,7 +169,7 @@ def _to_numpy(file, name, value):
 
 def _plain(key):
     """Name without the level that BN and GN hold their norms down."""
-    return key.replace("_norm.layer.", "_norm.")
+    return re.sub(r"\.layer\.(?!\d)", ".", key)
 
 
 def _google_name(key):
@@ -193,44 +186,44 @@ def _google_name(key):
 
 def _google_shape(name, shape, heads):
     """Shape in Google's layout of what has `shape` in ours."""
-    if name == "embedding/kernel":  # OIHW -> HWIO
+    if len(shape) == 4:  # OIHW -> HWIO
         return (*shape[2:], shape[1], shape[0])
-    if name.endswith("/kernel"):  # (out, in) -> (in, out)
+    if len(shape) == 2:  # (out, in) -> (in, out)
         shape = shape[::-1]
     if name.endswith("/out/kernel"):
         return (heads, shape[0] // heads, shape[1])
-    if "Attention" in name and "/out/" not in name:
+    if "Attention" in name and not name.endswith("/out/bias"):
         return (*shape[:-1], heads, shape[-1] // heads)
     return shape
 
 
-def _from_google(name, array, shape):
+def _from_google(array, shape):
     """Array of Google's layout in ours, of `shape`."""
-    if name == "embedding/kernel":
+    if len(shape) == 4:
         return array.transpose(3, 2, 0, 1)
-    return array.reshape(shape[::-1]).T if name.endswith("/kernel") else array.reshape(shape)
+    return array.reshape(shape[::-1]).T if len(shape) == 2 else array.reshape(shape)
 
 
-def _check_names(file, ours, theirs, arrays):
+def _check_names(file, names, arrays):
     """Raise unless the file has all of a plain ViT, norms for all places or none, no more blocks.
 
     Norms as a whole may be missing: the file or the model may be without.
     """
-    there = {_role(key) for key, name in theirs.items() if name in arrays}
+    roles = {_role(key) for key, name in names.items() if name in arrays}
     missing = [
-        theirs.get(key, own)
-        for key, own in ours.items()
-        if theirs.get(key) not in arrays
-        and (_role(key) in there or (_google_name(key) and "_norm." not in key))
+        name
+        for key, name in names.items()
+        if name not in arrays
+        and (_role(key) in roles or (_google_name(key) and "_norm." not in key))
     ]
     if missing:
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(
             f"--pretrained_dir {file}: lacks {missing[0]}{others}: is it for another model?"
         )
-    depth = 1 + max(block for key in ours if (block := _block(key)) is not None)
+    depth = 1 + max(map(_block, names))
     for name in arrays:
-        if (_block(name) or 0) >= depth:
+        if _block(name) >= depth:
             raise UserError(
                 f"--pretrained_dir {file}: has {name}, the model only {depth} blocks: "
                 "is it for another model?"
@@ -238,14 +231,14 @@ def _check_names(file, ours, theirs, arrays):
 
 
 def _block(name):
-    """Index of the block that an array, of ours or Google's, belongs to; None outside of blocks."""
-    found = re.match(r"transformer\.encoder\.layer\.(\d+)|Transformer/encoderblock_(\d+)", name)
-    return int(found[1] or found[2]) if found else None
+    """Number of the block that an array, of ours or Google's, belongs to; -1 outside of blocks."""
+    found = BLOCK.search(name)
+    return int(found[2]) if found else -1
 
 
 def _role(key):
     """`norm.weight` for "transformer.encoder.layer.3.attention_norm.weight": one of many alike."""
-    key = re.sub(r"^transformer\.encoder\.(layer\.\d+\.)?", "", key)
+    key = re.sub(r"^transformer\.encoder\.(layer\.\d+\.)?", "", _plain(key))
     return re.sub(r"^(attention|ffn|encoder)_norm\.", "norm.", key)
 
 
@@ -267,8 +260,7 @@ def _checked(file, name, array, shape, floats):
 
 def _summary(names):
     """Names in a line, those of all blocks as one."""
-    starred = (re.sub(r"(encoderblock_|encoder\.layer\.)\d+", r"\1*", name) for name in names)
-    return ", ".join(dict.fromkeys(starred))
+    return ", ".join(dict.fromkeys(BLOCK.sub(r"\1*", name) for name in names))
 
 
 def _side(tokens):
@@ -277,9 +269,8 @@ def _side(tokens):
     return side if side**2 == tokens - 1 else 0
 
 
-def _resize_positions(positions, tokens):
-    """(1, 1 + g*g, D) -> (1, tokens, D), bilinear, corner to corner; the class token's stays."""
-    old, new = _side(positions.shape[1]), _side(tokens)
-    grid = positions[:, 1:].unflatten(1, (old, old)).movedim(-1, 1)  # (1, D, g, g)
+def _resize_positions(positions, old, new):
+    """(1, 1 + old*old, D) -> (1, 1 + new*new, D), bilinear, corner to corner; token 0 stays."""
+    grid = positions[:, 1:].unflatten(1, (old, old)).movedim(-1, 1)  # (1, D, old, old)
     grid = F.interpolate(grid, (new, new), mode="bilinear", align_corners=True)
     return torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)

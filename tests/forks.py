@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,13 +38,15 @@ class Forks:
     What train.py imports when it needs it is imported there, or takes its seconds in each fork.
     """
 
-    def __init__(self, preload="import sklearn.datasets, torchvision.datasets; shrink()"):
+    def __init__(self, preload="import sklearn.datasets, torchvision.datasets; shrink()", env=None):
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment({"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+            env=environment(
+                {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | (env or {})
+            ),
         )
         assert self._ask(preload) == "ready"
 
@@ -101,12 +104,24 @@ def at(owner, name, n=1, do=die, after=False, where=lambda *args: True):
     setattr(owner, name, wrapped)
 
 
-def shrink(layers=2):
-    """Makes all models ones of so few blocks."""
+def shrink(layers=2, width=48):
+    """Makes all models small: few blocks, narrow ones."""
     from models.configs import CONFIGS
 
     for config in CONFIGS.values():
-        config.transformer.num_layers = layers
+        config.hidden_size = width
+        config.transformer.update(num_layers=layers, num_heads=3, mlp_dim=width)
+
+
+def two_processes(train):
+    """Makes the run one of two processes, as torchrun does. The main one waits for the other."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK="0")
+    if os.fork() == 0:
+        os.environ["RANK"] = "1"
+    else:
+        at(train, "main", do=os.wait, after=True)
 
 
 def limit(kind, size):
@@ -126,12 +141,14 @@ def serve():
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import train
-    from utils import checkpoint, data_utils, precision, run_logger
+    from utils import checkpoint, data_utils, dist_util, evaluation, precision, run_logger
 
     names = {"np": np, "torch": torch, "train": train, "checkpoint": checkpoint}
-    names |= {"data_utils": data_utils, "precision": precision, "run_logger": run_logger}
+    names |= {"data_utils": data_utils, "dist_util": dist_util, "evaluation": evaluation}
+    names |= {"precision": precision, "run_logger": run_logger}
     names |= {"os": os, "shutil": shutil, "signal": signal, "sys": sys, "time": time}
     names |= {"at": at, "die": die, "stop": stop, "shrink": shrink, "limit": limit}
+    names |= {"two_processes": two_processes}
     exec(json.loads(sys.stdin.readline()), names)
     import plot_attn
 
@@ -158,7 +175,7 @@ def run_child(args, cwd, output, setup, program, names):
     sys.argv = [f"{program.__name__}.py", *args]
     try:
         exec(setup, names)
-        return program.main()
+        return program.main() or 0
     except SystemExit as end:  # argparse's way out
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # what would end in a traceback must do so here too

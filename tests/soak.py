@@ -9,35 +9,42 @@ SIGTERM; when the run reaches its end before all of these are used up, a new run
 import argparse
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from utils.run_logger import read_log  # noqa: E402
+from programs import DATA
+from runs import left, start
 
 RUN = (
     "--name soak --dataset cifar10 --model_type ViT-Ti_16 --img_size 32 --norm_type Rescale --fp16"
     " --train_batch_size 64 --learning_rate 0.02 --warmup_steps 20 --num_steps 400 --eval_every 50"
-    " --save_every 5 --log_every 5"
+    " --save_every 5 --log_every 5 --resume --data_dir"
 ).split()
 
 
-def start(folder, data_dir):
-    command = [sys.executable, str(ROOT / "train.py"), *RUN, "--data_dir", data_dir, "--resume"]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def outcome(folder):
-    """What must not depend on interruptions: the final files' bytes and the log's numbers."""
-    log = read_log(next(folder.glob("output/*.txt")))
-    files = [next(folder.glob(f"output/*_{kind}.bin")) for kind in ("final", "checkpoint")]
-    return [file.read_bytes() for file in files], log.steps, log.loss, log.accuracy, log.finished
+    """What must not depend on interruptions: the final weights' bytes and the log."""
+    found = left(folder)
+    return found["weights"], found["log"]
+
+
+def live(command, folder, limit, kind):
+    """One life of the run, ended after `limit` seconds; returns whether it ended by itself before.
+
+    Also returns what it printed on stderr.
+    """
+    process = start(command, folder)
+    try:
+        errors = process.communicate(timeout=limit)[1]
+        by_itself = True
+    except subprocess.TimeoutExpired:
+        process.terminate() if kind == "term" else process.kill()
+        errors = process.communicate()[1]
+        by_itself = False
+    allowed = {"kill": (-9,), "term": (143, -15)}.get(kind, ())  # -15: it was still importing
+    assert process.returncode == 0 or not by_itself and process.returncode in allowed, errors
+    return by_itself, errors
 
 
 def main():
@@ -45,9 +52,9 @@ def main():
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data_dir", default=str(ROOT / "data"))
+    parser.add_argument("--data_dir", type=Path, default=DATA)
     args = parser.parse_args()
-    data_dir = str(Path(args.data_dir).resolve())
+    command = [*RUN, str(args.data_dir.resolve())]
     rng = random.Random(args.seed)
     ends = ["kill"] * args.kills + ["term"] * args.terms
     rng.shuffle(ends)
@@ -57,33 +64,22 @@ def main():
     with tempfile.TemporaryDirectory() as top:
         whole = Path(top, "whole")
         whole.mkdir()
-        process = start(whole, data_dir)
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+        live(command, whole, None, None)
         truth = outcome(whole)
 
         while ends:
             folder = Path(top, f"run{counts['runs']}")
             folder.mkdir()
             counts["runs"] += 1
-            while True:
-                process = start(folder, data_dir)
+            by_itself = False
+            while not by_itself:
+                kind, limit = (ends[-1], rng.uniform(1, 15)) if ends else (None, None)
+                by_itself, errors = live(command, folder, limit, kind)
                 counts["lives"] += 1
-                limit = rng.uniform(1, 15) if ends else None
-                try:
-                    errors = process.communicate(timeout=limit)[1]
-                except subprocess.TimeoutExpired:
-                    kind = ends.pop()
-                    process.terminate() if kind == "term" else process.kill()
-                    errors = process.communicate()[1]
-                    counts[kind] += 1
+                if not by_itself:
+                    counts[ends.pop()] += 1
                     counts["in a save"] += any(folder.glob("output/*.part"))
                     counts["before training"] += "Resumed from" not in errors
-                    allowed = {"kill": (-9,), "term": (143, -15)}[kind]  # -15: still importing
-                    assert process.returncode in (0, *allowed), errors
-                    continue
-                assert process.returncode == 0, errors
-                break
             assert outcome(folder) == truth, f"{folder} ended differently"
             print(f"{time.monotonic() - began:.0f} s: {counts}, all ends equal", flush=True)
     print(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import NORMS
 
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
@@ -83,7 +84,7 @@ def test_counts_published_for_imagenet(name, count):
     assert built(name, "LN", 1000) == count
 
 
-@pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
+@pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("name", SIZES)
 def test_counts_by_formula(name, norm_type):
     """Truth: the sum over the architecture's parts, at another image size and head than above."""

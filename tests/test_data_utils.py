@@ -1,19 +1,17 @@
 """The data path against torchvision's transforms and datasets, and the batches' bookkeeping."""
 
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from programs import DATA, needs_cifar10
 from scipy import stats
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from utils.data_utils import (
-    DataError,
     Dataset,
     Resizer,
     TestBatches,
@@ -23,8 +21,7 @@ from utils.data_utils import (
     sample_boxes,
     to_rows,
 )
-
-DATA = Path(os.environ.get("RESCALEVIT_DATA", Path(__file__).resolve().parent.parent / "data"))
+from utils.errors import UserError
 
 
 def random_images(n, seed=0):
@@ -66,19 +63,16 @@ def test_boxes_lie_in_the_image(boxes):
 def test_boxes_are_torchvisions(boxes):
     """Truth: 20,000 draws of RandomResizedCrop.get_params: sizes, areas, shapes and places."""
     (top, left, height, width), (top2, left2, height2, width2) = boxes[0].T, boxes[1].T
-    assert same_law(height, height2) > 1e-3
-    assert same_law(width, width2) > 1e-3
+    for ours, theirs in zip(boxes[0].T, boxes[1].T):
+        assert same_law(ours, theirs) > 1e-3
     assert same_law(height - width, height2 - width2) > 1e-3
     assert same_law(height * width // 16, height2 * width2 // 16) > 1e-3
     assert stats.ks_2samp(height * width, height2 * width2).pvalue > 1e-3
     assert stats.ks_2samp(height / width, height2 / width2).pvalue > 1e-3
-    assert same_law(top, top2) > 1e-3
-    assert same_law(left, left2) > 1e-3
     for low, high in ((6, 14), (15, 20), (21, 26), (27, 32)):
-        ours, theirs = (low <= h for h in (height, height2))
-        ours, theirs = ours & (height <= high), theirs & (height2 <= high)
+        ours, theirs = ((low <= h) & (h <= high) for h in (height, height2))
         assert same_law(top[ours], top2[theirs]) > 1e-3
-        ours, theirs = (width >= low) & (width <= high), (width2 >= low) & (width2 <= high)
+        ours, theirs = ((low <= w) & (w <= high) for w in (width, width2))
         assert same_law(left[ours], left2[theirs]) > 1e-3
 
 
@@ -209,14 +203,11 @@ def test_a_batch_depends_on_seed_and_number_alone():
     other_images, other_labels = fresh(6)(0)
     assert not torch.equal(other_labels, expected[0][1])
     # Boxes are drawn anew in each epoch, and belong to the image: compared image by image.
-    first = {label: box for i in range(7) for label, box in boxes_by_label(batches, i)}
-    second = {label: box for i in range(7, 14) for label, box in boxes_by_label(batches, i)}
-    assert sum(first[k] == second[k] for k in range(50)) < 10
-
-
-def boxes_by_label(batches, i):
-    chosen = batches.indices(i)
-    return zip(chosen.tolist(), map(tuple, batches.boxes[chosen].tolist()))
+    boxes = []
+    for epoch in (0, 1):
+        batches(7 * epoch)
+        boxes.append(batches.boxes)
+    assert (boxes[0] == boxes[1]).all(dim=1).sum() < 10
 
 
 def test_batches_are_the_images_crops():
@@ -230,7 +221,7 @@ def test_batches_are_the_images_crops():
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [48, 50, 53])
+@pytest.mark.parametrize("n", [48, 50, 51, 53])
 def test_processes_share_each_batch(n):
     """Truth: one process with the same global batch; three hold its images between them.
 
@@ -243,23 +234,14 @@ def test_processes_share_each_batch(n):
     epochs = []
     for i in range(2 * ranks[0].per_epoch):
         epoch, place = divmod(i, ranks[0].per_epoch)
-        shares = [r(i)[1] for r in ranks]
-        lengths = [len(share) for share in shares]
+        parts = [r(i)[1] for r in ranks]
+        lengths = [len(part) for part in parts]
         assert min(lengths) > 0 and max(lengths) - min(lengths) <= 1
-        assert torch.equal(torch.cat(shares), alone(epoch * alone.per_epoch + place)[1])
-        epochs.append(torch.cat(shares))
+        epochs.append(torch.cat(parts))
+        assert torch.equal(epochs[-1], alone(epoch * alone.per_epoch + place)[1])
+        assert all(torch.equal(r.indices(i), epochs[-1]) for r in ranks)  # the label is the index
     first_epoch = torch.cat(epochs[: ranks[0].per_epoch])
     assert len(first_epoch.unique()) == len(first_epoch) == (n if rest >= 3 else n - rest)
-
-
-def test_accumulation_crosses_the_end_of_an_epoch():
-    """Truth: windows of 3 of 7 batches an epoch: three epochs are 7 windows, each image 3 times."""
-    batches = batches_of(50, 8)
-    windows = [[batches(3 * window + part)[1] for part in range(3)] for window in range(7)]
-    seen = torch.cat([labels for window in windows for labels in window])
-    assert torch.equal(seen.bincount(), torch.full((50,), 3))
-    crossing = windows[2]  # batches 6, 7, 8: the short last one, then the next epoch's first two
-    assert [len(labels) for labels in crossing] == [2, 8, 8]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -304,78 +286,58 @@ def test_digits():
     assert dataset.train_images.min() == 0 and dataset.train_images.max() == 255
 
 
-def real(cifar):
-    """Skips the test where the real dataset is absent; fails where it must be there."""
-    if (DATA / cifar.base_folder).is_dir():
-        return
-    reason = f"{cifar.base_folder} is not in {DATA}"
-    if os.environ.get("RESCALEVIT_REQUIRE_CIFAR"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+CIFARS = [("cifar10", CIFAR10, "airplane", "truck"), ("cifar100", CIFAR100, "apple", "worm")]
 
 
-def test_cifar10():
-    """Truth: the channel means that the literature normalizes by; torchvision's own dataset."""
-    real(CIFAR10)
-    dataset = load_dataset("cifar10", str(DATA))
-    assert dataset.train_images.shape == (50_000, 3, 32, 32)
-    assert dataset.test_images.shape == (10_000, 3, 32, 32)
-    means = [dataset.train_images[:, c].sum(dtype=torch.int64).item() for c in range(3)]
-    means = [total / (50_000 * 32 * 32 * 255) for total in means]
-    assert means == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-3)
-    assert torch.equal(dataset.train_labels.bincount(), torch.full((10,), 5000))
-    assert torch.equal(dataset.test_labels.bincount(), torch.full((10,), 1000))
-    assert dataset.classes[0] == "airplane" and dataset.classes[9] == "truck"
-    same_as_torchvision(CIFAR10, dataset)
-
-
-def test_cifar100():
-    """Truth: 100 balanced classes with fine labels; torchvision's own dataset."""
-    real(CIFAR100)
-    dataset = load_dataset("cifar100", str(DATA))
-    assert torch.equal(dataset.train_labels.bincount(), torch.full((100,), 500))
-    assert torch.equal(dataset.test_labels.bincount(), torch.full((100,), 100))
-    assert dataset.classes[0] == "apple" and dataset.classes[99] == "worm"
-    same_as_torchvision(CIFAR100, dataset)
-
-
-def same_as_torchvision(cifar, dataset):
-    for train, images, labels in (
-        (True, dataset.train_images, dataset.train_labels),
-        (False, dataset.test_images, dataset.test_labels),
+@pytest.mark.parametrize(("name", "cifar", "first", "last"), CIFARS)
+def test_cifar(name, cifar, first, last):
+    """Truth: balanced classes; torchvision's own dataset; the means that papers normalize by."""
+    needs_cifar10(cifar.base_folder)
+    dataset = load_dataset(name, str(DATA))
+    assert (dataset.classes[0], dataset.classes[-1]) == (first, last)
+    count = len(dataset.classes)
+    for train, n, images, labels in (
+        (True, 50_000, dataset.train_images, dataset.train_labels),
+        (False, 10_000, dataset.test_images, dataset.test_labels),
     ):
+        assert images.shape == (n, 3, 32, 32)
+        assert torch.equal(labels.bincount(), torch.full((count,), n // count))
         theirs = cifar(DATA, train=train)
-        for i in (0, 1, 4321, len(theirs) - 1):
+        for i in (0, 1, 4321, n - 1):
             picture, label = theirs[i]
             assert np.array_equal(np.asarray(picture), images[i].permute(1, 2, 0).numpy())
             assert label == labels[i]
+    if name == "cifar10":
+        totals = dataset.train_images.sum(dim=(0, 2, 3), dtype=torch.int64)
+        means = (totals / (50_000 * 32 * 32 * 255)).tolist()
+        assert means == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-3)
 
 
-def one_line(error):
+def refused(name, folder, *words):
+    """The documented error: one line that names the flag, with `words`."""
+    with pytest.raises(UserError) as error:
+        load_dataset(name, str(folder))
     message = str(error.value)
     assert "\n" not in message
-    return message
+    assert all(str(word) in message for word in ("--data_dir", *words)), message
 
 
 @pytest.mark.parametrize(("name", "cifar"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
 def test_damaged_files(tmp_path, name, cifar):
-    """Truth: the documented DataError: one line that names the flag and the file; no download."""
+    """Truth: the error names the file, and nothing is downloaded."""
     folder = tmp_path / cifar.base_folder
     folder.mkdir()
-    first = folder / cifar.train_list[0][0]
-    with pytest.raises(DataError) as error:  # an empty folder: its first file is missing
-        load_dataset(name, str(tmp_path))
-    assert str(first) in one_line(error) and "--data_dir" in str(error.value)
-    first.write_bytes(pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}))
-    with pytest.raises(DataError) as error:  # a file that reads well but is another
-        load_dataset(name, str(tmp_path))
-    assert str(first) in one_line(error) and cifar.train_list[0][1] in str(error.value)
-    assert sorted(folder.iterdir()) == [first]
+    file, md5 = cifar.train_list[0]
+    refused(name, tmp_path, folder / file)  # an empty folder: its first file is missing
+    # A file that reads well but is another:
+    (folder / file).write_bytes(pickle.dumps({"data": np.zeros((1, 3072), "u1"), "labels": [0]}))
+    refused(name, tmp_path, folder / file, md5)
+    assert list(folder.iterdir()) == [folder / file]
 
 
 def test_truncated_file(tmp_path):
     """Truth: of the real files, one cut in the middle: the error names that one."""
-    real(CIFAR10)
+    needs_cifar10()
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     for file in (DATA / CIFAR10.base_folder).iterdir():
@@ -384,14 +346,9 @@ def test_truncated_file(tmp_path):
     content = victim.read_bytes()
     victim.unlink()
     victim.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="data_batch_3") as error:
-        load_dataset("cifar10", str(tmp_path))
-    one_line(error)
+    refused("cifar10", tmp_path, "data_batch_3")
 
 
 def test_data_dir_that_is_a_file(tmp_path):
-    """Truth: an unreadable place is a DataError that names it, not a traceback."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError) as error:
-        load_dataset("cifar10", str(tmp_path / "file"))
-    assert "--data_dir" in one_line(error)
+    refused("cifar10", tmp_path / "file")

@@ -1,7 +1,7 @@
-"""Whatever the command line or the file: a run, or one line and status 2.
+"""Whatever the command line or the file: a run, or one line of error.
 
-Never a traceback, a hang, or files half written. Models here have one tiny block and the data is 80
-images, so that thousands of runs, in forks of one process (forks.py), take two minutes.
+Never a traceback, a hang, or a file half written. Models here have one tiny block and the data is
+80 images, so that a thousand runs, in forks of one process (forks.py), take a minute.
 """
 
 import io
@@ -11,6 +11,7 @@ import re
 import shutil
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,21 +22,18 @@ from hypothesis import strategies as st
 
 from models.configs import CONFIGS
 from models.norms import NORM_TYPES
-from utils.args import RunFiles, parse_args
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.args import parse_args
 from utils.precision import LEVELS
+from utils.run_files import RunFiles
 from utils.scheduler import SCHEDULES
 
-COMMAND_LINES, FILES = 2000, 1000
+COMMAND_LINES, FILES = 600, 400
 GiB = 1 << 30
 
 SMALL = """
 import unittest.mock, urllib.error, urllib.request
 torch.manual_seed(0)
-from models.configs import CONFIGS
-for config in CONFIGS.values():
-    config.hidden_size = 16
-    config.transformer.update(num_layers=1, num_heads=2, mlp_dim=16)
+shrink(1, 18)
 digits = data_utils.Dataset(
     torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10,
     torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 10,
@@ -89,14 +87,14 @@ def run(forks, args, folder, program="train"):
     done = forks.run(args, folder, LIMITS, check=False, timeout=60, program=program)
     text = f"{args}\n{done.output}"
     assert "Traceback" not in done.output, text
-    errors = re.findall(rf"^{program}\.py: error: .+$", done.output, re.M)
+    errors = re.findall(rf"^{program}\.py: error: (.+)$", done.output, re.M)
     if done.returncode == 0:
         assert not errors, text
     else:
-        assert done.returncode == 2 and len(errors) == 1, text
-        assert done.output.endswith(f"{errors[0]}\n"), text
+        assert len(errors) == 1 and done.output.endswith(f"{errors[0]}\n"), text
+        assert done.returncode == (1 if errors[0].startswith("not finite: ") else 2), text
     for _, _, names in os.walk(folder):
-        assert not [name for name in names if name.endswith((".part", ".lock", ".tmp"))], text
+        assert not [name for name in names if name.endswith((".part", ".tmp"))], text
     return done.returncode == 0
 
 
@@ -114,6 +112,7 @@ VALID = {
     "--model_type": st.sampled_from(list(CONFIGS)),
     "--fp16_opt_level": st.sampled_from(LEVELS),
     "--half_dtype": st.sampled_from(["auto", "bf16", "fp16"]),
+    "--cpu_kernels": st.sampled_from(["auto", "plain"]),
     "--amp_backend": st.just("native"),
     "--loss_scale": st.floats(0, 2.0**24).map(str),
     "--decay_type": st.sampled_from(list(SCHEDULES)),
@@ -137,14 +136,7 @@ VALID = {
         lambda name: name.replace("-", "_", 1) if name.startswith("-") else name
     ),
 }
-SWITCHES = [
-    "--fp16",
-    "--grad_checkpointing",
-    "--deterministic",
-    "--resume",
-    "--overwrite",
-    "--eval",
-]
+SWITCHES = "--fp16 --grad_checkpointing --deterministic --resume --overwrite --eval".split()
 PATHS = ["", ".", "none", "/dev/null", "/proc/self/mem", "/proc/1/none", "x" * 300, "ü/é", "\udcff"]
 PATHS += ["printed.txt", "[*]", "~", "a b"]
 INSIDE = TEXT.map(lambda text: text.replace("/", "_").replace("..", "_"))
@@ -221,9 +213,9 @@ def originals(forks, tmp_path_factory):
     setup = """
 from models import pretrained
 def main():
-    model = train.VisionTransformer(CONFIGS["ViT-Ti_4"], 8, num_classes=10)
+    model = train.VisionTransformer(train.CONFIGS["ViT-Ti_4"], 8, num_classes=10)
     named = {pretrained._google_name(k): v for k, v in model.state_dict().items()}
-    shapes = {k: pretrained._google_shape(k, tuple(v.shape), 2) for k, v in named.items()}
+    shapes = {k: pretrained._google_shape(k, tuple(v.shape), 3) for k, v in named.items()}
     np.savez("google.npz", **{k: np.zeros(shape, np.float32) for k, shape in shapes.items()})
     return 0
 train.main = main
@@ -259,30 +251,25 @@ def mutated_bytes(data, rng):
     return bytes(data)
 
 
-ODD = [None, True, -1, 2**70, 1.5, float("nan"), float("inf"), "x", "a\nb", b"x", [], [1], {}, ()]
-ODD += [{"x": 1}, torch.zeros(()), torch.zeros(3, 3), torch.zeros(0), torch.tensor([True, False])]
-ODD += [torch.full((1,), float("nan")), torch.zeros(1, 1, 2).to_sparse(), torch.zeros(2).cfloat()]
-ODD += [torch.zeros(1).expand(2**40), torch.empty(3, device="meta"), torch.tensor([-5])]
+ODD = [None, True, 2**70, float("nan"), "a\nb", b"x", [], (), {"x": 1}, torch.zeros(())]
+ODD += [torch.zeros(3, 3), torch.zeros(0), torch.tensor([True, False]), torch.tensor([-5])]
+ODD += [torch.full((1,), float("nan")), torch.zeros(2).cfloat(), torch.zeros(1).expand(2**40)]
+ODD += [torch.zeros(1, 1, 2).to_sparse(), torch.empty(3, device="meta")]
 
 
-def mutated_content(content, rng):
-    """A checkpoint's content with one value somewhere in it taken away, added or changed."""
-    place = content
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = rng.choice(keys)
-        inner = place[key]
-        if isinstance(inner, (dict, list)) and inner and rng.random() < 0.8:
-            place = inner
-            continue
-        match rng.randrange(4):
-            case 0:
-                del place[key]
-            case 1 if isinstance(place, dict):
-                place[rng.choice([7, "x", f"{key}x", "a\nb"])] = inner
-            case _:
-                place[key] = rng.choice(ODD)
-        return content
+def mutated_weights(data, rng):
+    """A checkpoint with one of its weights taken away, renamed or replaced."""
+    weights = torch.load(io.BytesIO(data), weights_only=True)["model"]
+    key = rng.choice(list(weights))
+    value = weights.pop(key)
+    match rng.randrange(4):
+        case 0:
+            weights[rng.choice([7, "x", f"{key}x", "a\nb"])] = value
+        case 1 | 2:
+            weights[key] = rng.choice(ODD)
+    file = io.BytesIO()
+    torch.save(rng.choice([weights, {"model": weights}]), file)
+    return file.getvalue()
 
 
 def mutated_arrays(data, rng):
@@ -333,24 +320,12 @@ def test_files(forks, folder, originals):
     @given(st.integers(0, 2**32))
     def check(number):
         rng = random.Random(number)
-        kind = rng.choice(["step", "step", "weights", "npz"])
+        kind = rng.choice(["step", "weights", "weights", "npz"])
         place, data = folder(), originals[kind]
-        file = f"{place}/mutated.bin"
-        how = rng.random()
-        if kind == "npz" and how < 0.5:
-            data = rng.choice([mutated_arrays, mutated_arrays, with_header])(data, rng)
-        elif how < 0.6 and kind != "npz":
-            with open(file, "wb") as original:
-                original.write(data)
-            save_checkpoint(mutated_content(load_checkpoint(file), rng), file)
-            with open(file, "rb") as changed:
-                data = changed.read()
-        else:
-            data = mutated_bytes(data, rng)
-            if kind != "npz" and rng.random() < 0.5:
-                data = data[:-73]  # without its digest: not known to be damaged
-        with open(file, "wb") as out:
-            out.write(data)
+        mutations = {"weights": [mutated_weights], "npz": [mutated_arrays, with_header]}
+        data = rng.choice([mutated_bytes, *mutations.get(kind, ())])(data, rng)
+        file = Path(place, "mutated.bin")
+        file.write_bytes(data)
 
         args, program = [*BASE], "train"
         uses = {
@@ -364,7 +339,7 @@ def test_files(forks, folder, originals):
         elif use in ("newest", "--eval"):
             name = "step_1" if use == "newest" else "checkpoint"
             os.mkdir(f"{place}/output")
-            os.rename(file, f"{place}/output/{RUN_NAME}_{name}.bin")
+            file.rename(f"{place}/output/{RUN_NAME}_{name}.bin")
             args += ["--resume"] if use == "newest" else [use]
         else:
             args += [use, "mutated.bin"]

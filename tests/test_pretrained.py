@@ -1,79 +1,69 @@
 """Foreign weights: values against NumPy on the file's own layout, every bad file, the download."""
 
-import copy
 import http.server
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from programs import Bomb
 from scipy import ndimage, special
+from small import random_state, small_model
 
 from models import pretrained
-from models.modeling import CONFIGS, VisionTransformer
-from models.norms import NORM_TYPES
-from models.pretrained import PretrainedError, download, load_pretrained
+from models.norms import ALL, NORM_TYPES, Block, GroupNorm, LayerNorm, NormType
+from models.pretrained import download, load_pretrained
 from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
 
+D, H, MLP, PATCH, CLASSES = 24, 3, 40, 8, 10  # as `model` makes them
+DEPTH, GRID = 3, 4  # of the .npz
 ATTENTION = "MultiHeadDotProductAttention_1"
-BLOCK_3_KEY = f"Transformer/encoderblock_3/{ATTENTION}/key/kernel"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+KEPT = "Kept at their initial values, as the file has none such: "
+KEY_KERNEL = f"Transformer/encoderblock_2/{ATTENTION}/key/kernel"
 
 
-def small_config(num_layers=2):
-    config = copy.deepcopy(CONFIGS["ViT-Ti_16"])  # hidden 192, 3 heads, MLP 768
-    config.transformer.num_layers = num_layers
-    return config
+def model_of(norm_type="LN", depth=DEPTH, grid=GRID, classes=CLASSES, **config):
+    return small_model(norm_type, grid * PATCH, classes, depth=depth, **config).eval()
 
 
-def small_model(norm_type="LN", num_layers=2, **kwargs):
-    kwargs = {"img_size": 64, "num_classes": 10} | kwargs
-    return VisionTransformer(small_config(num_layers), norm_type=norm_type, **kwargs).eval()
-
-
-def google_arrays(config, grid, classes, dtype=np.float32):
-    """Random arrays under the names and in the layouts of Google's release."""
-    D, (P, _) = config.hidden_size, config.patches.size
-    t = config.transformer
-    H, d = t.num_heads, D // t.num_heads
+@pytest.fixture(scope="module")
+def google(tmp_path_factory):
+    """Random arrays under the names and in the layouts of Google's release, and their .npz."""
     shapes = {
-        "embedding/kernel": (P, P, 3, D),
+        "embedding/kernel": (PATCH, PATCH, 3, D),
         "embedding/bias": (D,),
         "cls": (1, 1, D),
-        "Transformer/posembed_input/pos_embedding": (1, 1 + grid**2, D),
+        POSITIONS: (1, 1 + GRID**2, D),
         "Transformer/encoder_norm/scale": (D,),
         "Transformer/encoder_norm/bias": (D,),
         "pre_logits/kernel": (D, D),
         "pre_logits/bias": (D,),
-        "head/kernel": (D, classes),
-        "head/bias": (classes,),
+        "head/kernel": (D, CLASSES),
+        "head/bias": (CLASSES,),
     }
-    for i in range(t.num_layers):
-        block = {f"LayerNorm_{n}/{kind}": (D,) for n in (0, 2) for kind in ("scale", "bias")}
-        for name in ("query", "key", "value"):
-            block |= {f"{ATTENTION}/{name}/kernel": (D, H, d), f"{ATTENTION}/{name}/bias": (H, d)}
-        block |= {f"{ATTENTION}/out/kernel": (H, d, D), f"{ATTENTION}/out/bias": (D,)}
-        block |= {
-            "MlpBlock_3/Dense_0/kernel": (D, t.mlp_dim),
-            "MlpBlock_3/Dense_0/bias": (t.mlp_dim,),
-        }
-        block |= {"MlpBlock_3/Dense_1/kernel": (t.mlp_dim, D), "MlpBlock_3/Dense_1/bias": (D,)}
+    block = {f"LayerNorm_{n}/{kind}": (D,) for n in (0, 2) for kind in ("scale", "bias")}
+    for name in ("query", "key", "value"):
+        block |= {f"{ATTENTION}/{name}/kernel": (D, H, D // H)}
+        block |= {f"{ATTENTION}/{name}/bias": (H, D // H)}
+    block |= {f"{ATTENTION}/out/kernel": (H, D // H, D), f"{ATTENTION}/out/bias": (D,)}
+    block |= {"MlpBlock_3/Dense_0/kernel": (D, MLP), "MlpBlock_3/Dense_0/bias": (MLP,)}
+    block |= {"MlpBlock_3/Dense_1/kernel": (MLP, D), "MlpBlock_3/Dense_1/bias": (D,)}
+    for i in range(DEPTH):
         shapes |= {f"Transformer/encoderblock_{i}/{name}": shape for name, shape in block.items()}
     rng = np.random.default_rng(0)
-    arrays = {k: 0.1 * rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()}
-    return {k: (a + k.endswith("scale")).astype(dtype) for k, a in arrays.items()}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Arrays of a 4-block model (grid 4x4, 10 classes) and the .npz that holds them."""
-    arrays = google_arrays(small_config(4), grid=4, classes=10)
+    arrays = {k: 0.2 * rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()}
+    arrays = {k: a + k.endswith("scale") for k, a in arrays.items()}
     file = tmp_path_factory.mktemp("npz") / "small.npz"
     np.savez(file, **arrays)
     return arrays, file
 
 
-def numpy_logits(a, images, num_layers, norm_type):
+# ---------------------------------------------------------------- Google's files
+
+
+def numpy_logits(a, images, norm_type):
     """A ViT's logits in NumPy, float64, on Google's arrays in Google's layouts."""
     a = {k: v.astype(np.float64) for k, v in a.items()}
 
@@ -104,135 +94,144 @@ def numpy_logits(a, images, num_layers, norm_type):
         x = x * 0.5 * (1 + special.erf(x / 2**0.5))
         return x @ a[f"{where}/Dense_1/kernel"] + a[f"{where}/Dense_1/bias"]
 
-    B, S, P = len(images), images.shape[1], a["embedding/kernel"].shape[0]
-    x = images.reshape(B, S // P, P, S // P, P, 3)  # NHWC, as Google's kernels want it
+    B = len(images)
+    x = images.reshape(B, GRID, PATCH, GRID, PATCH, 3)  # NHWC, as Google's kernels want it
     x = np.einsum("bipjqc,pqcd->bijd", x, a["embedding/kernel"]) + a["embedding/bias"]
-    x = x.reshape(B, -1, x.shape[-1])
-    x = np.concatenate([np.broadcast_to(a["cls"], (B, 1, x.shape[-1])), x], 1)
-    x = x + a["Transformer/posembed_input/pos_embedding"]
-    for i in range(num_layers):
+    x = np.concatenate([np.broadcast_to(a["cls"], (B, 1, D)), x.reshape(B, -1, D)], 1)
+    x = x + a[POSITIONS]
+    for i in range(DEPTH):
         block, k = f"Transformer/encoderblock_{i}", i + 1
         x = x + attention(norm(x, f"{block}/LayerNorm_0"), f"{block}/{ATTENTION}")
         y = mlp(norm(x, f"{block}/LayerNorm_2"), f"{block}/MlpBlock_3")
         if norm_type == "Rescale":
-            x = (k / (k + 1)) ** 0.5 * x + num_layers**-0.5 * y
+            x = (k / (k + 1)) ** 0.5 * x + DEPTH**-0.5 * y
         else:
             x = x + y
     return norm(x, "Transformer/encoder_norm")[:, 0] @ a["head/kernel"] + a["head/bias"]
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
-def test_npz_gives_the_logits_of_numpy(small, norm_type):
-    arrays, file = small
-    model = small_model(norm_type, num_layers=4)
-    load_pretrained(model, file)
-    model.double()
-    images = np.random.default_rng(1).standard_normal((2, 64, 64, 3))
+def test_npz_gives_the_logits_of_numpy(google, tmp_path, norm_type, dtype):
+    arrays = {name: array.astype(dtype) for name, array in google[0].items()}
+    np.savez(tmp_path / "x.npz", **arrays)
+    model = model_of(norm_type)
+    load_pretrained(model, tmp_path / "x.npz")
+    images = np.random.default_rng(1).standard_normal((2, GRID * PATCH, GRID * PATCH, 3))
     with torch.no_grad():
-        logits, _ = model(torch.from_numpy(images).permute(0, 3, 1, 2))
-    expected = numpy_logits(arrays, images, 4, norm_type)
+        logits, _ = model.double()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    expected = numpy_logits(arrays, images, norm_type)
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected).max() > 0.3  # not a comparison of zeros
 
 
-@pytest.fixture(scope="module")
-def vit_b_16(tmp_path_factory):
-    """ViT-B_16 at 224, 7 classes, in float16: 172 MB, removed at the end."""
-    arrays = google_arrays(CONFIGS["ViT-B_16"], grid=14, classes=7, dtype=np.float16)
-    file = tmp_path_factory.mktemp("npz") / "ViT-B_16.npz"
-    np.savez(file, **arrays)
-    yield arrays, file
-    file.unlink()
+@pytest.mark.parametrize(
+    ("norm_type", "loaded", "left_out", "kept"),
+    [
+        ("LN", 6 + 16 * DEPTH, 2, []),
+        ("GN", 6 + 16 * DEPTH, 2, []),
+        ("BN", 6 + 16 * DEPTH, 2, ["encoder_norm.layer.running_var", "ffn_norm.layer.running_var"]),
+        ("Rescale", 4 + 12 * DEPTH, 2 + 6, ["layer.*._scale", "layer.*.ffn_addbias.init_mean"]),
+    ],
+)
+def test_every_array_is_accounted_for(google, norm_type, loaded, left_out, kept):
+    """Truth: counted by hand. The lines say what was loaded, left out, resized and kept."""
+    file = google[1]
+    lines = load_pretrained(model_of(norm_type, grid=2, classes=7), file)
+    assert lines[:3] == [
+        f"Loaded {loaded} arrays from {file}",
+        "Left out: head of 10 classes; ours, of 7, starts at zero",
+        "Resized position embeddings 4x4 -> 2x2",
+    ]
+    assert lines[3].startswith("Left out, as the model has none such: ")
+    assert "pre_logits/kernel, pre_logits/bias" in lines[3]
+    assert ("encoderblock_*/LayerNorm_0/scale" in lines[3]) == (norm_type == "Rescale")
+    assert lines[3].count(",") == left_out  # one of them in the sentence
+    assert len(lines) == 4 + bool(kept)
+    for name in kept:
+        assert lines[4].startswith(KEPT) and name in lines[4]
+        assert "head" not in lines[4] and "attn" not in lines[4]
 
 
-@pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
-def test_vit_b_16_at_another_size(vit_b_16, norm_type):
-    arrays, file = vit_b_16
-    model = VisionTransformer(CONFIGS["ViT-B_16"], 112, norm_type, num_classes=10)
-    lines = load_pretrained(model, file)
-    state = model.state_dict()
-    loaded = 198 if norm_type != "Rescale" else 148
-    assert lines[0] == f"Loaded {loaded} arrays from {file}"
-    assert "Left out: head of 7 classes; ours, of 10, starts at zero" in lines
-    assert "Resized position embeddings 14x14 -> 7x7" in lines
-    left_out = next(line for line in lines if line.startswith("Left out, as"))
-    assert "pre_logits/kernel" in left_out
-    assert ("encoderblock_*/LayerNorm_0/scale" in left_out) == (norm_type == "Rescale")
-    kept = [line for line in lines if line.startswith("Kept")]
-    assert bool(kept) == (norm_type in ("BN", "Rescale"))
-    assert all("head" not in line and "attn" not in line for line in kept)
+class Sandwich(Block):
+    """A norm before and after each branch; Google's files have none after."""
 
-    assert not state["head.weight"].any() and not state["head.bias"].any()
-    positions = arrays["Transformer/posembed_input/pos_embedding"][0].astype(np.float64)
-    grid = ndimage.zoom(positions[1:].reshape(14, 14, 768), (0.5, 0.5, 1), order=1)
-    found = state["transformer.embeddings.position_embeddings"][0].numpy()
-    np.testing.assert_allclose(found[1:], grid.reshape(49, 768), atol=1e-5)
-    np.testing.assert_array_equal(found[0], positions[0])
-    block, ours = "Transformer/encoderblock_11", "transformer.encoder.layer.11"
-    for name, key in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
-        kernel = arrays[f"{block}/MlpBlock_3/{name}/kernel"]
-        np.testing.assert_array_equal(state[f"{ours}.ffn.{key}.weight"].numpy(), kernel.T)
-    for name in ("query", "key", "value"):
-        kernel, weight = (
-            arrays[f"{block}/{ATTENTION}/{name}/kernel"],
-            state[f"{ours}.attn.{name}.weight"],
-        )
-        for head in (0, 5, 11):
-            np.testing.assert_array_equal(
-                weight[64 * head : 64 * head + 64].numpy().T, kernel[:, head]
-            )
-    if norm_type != "Rescale":
-        level = ".layer" if norm_type in ("BN", "GN") else ""
-        for name, key in (("LayerNorm_0", "attention_norm"), ("LayerNorm_2", "ffn_norm")):
-            scale = state[f"{ours}.{key}{level}.weight"].numpy()
-            np.testing.assert_array_equal(scale, arrays[f"{block}/{name}/scale"])
-        bias = state[f"transformer.encoder.encoder_norm{level}.bias"].numpy()
-        np.testing.assert_array_equal(bias, arrays["Transformer/encoder_norm/bias"])
+    def add_norms(self, norm, dim):
+        self.attention_norm, self.attention_norm_after = norm(dim), norm(dim)
+        self.ffn_norm, self.ffn_norm_after = norm(dim), norm(dim)
+
+    def forward(self, x, tokens=ALL):
+        x = x[:, tokens] + self.attention_norm_after(self.attn(self.attention_norm(x), tokens))
+        return x + self.ffn_norm_after(self.ffn(self.ffn_norm(x)))
 
 
-@pytest.mark.parametrize("img_size", [16, 48, 112, 224])
-def test_position_embeddings_are_scipys(small, img_size):
-    arrays, file = small
-    model, grid = small_model("LN", 4, img_size=img_size), img_size // 16
+def test_norms_that_google_does_not_name_stay(google, monkeypatch):
+    """A new norm type needs nothing in models/pretrained.py: what it shares with a ViT loads."""
+    monkeypatch.setitem(NORM_TYPES, "Sandwich", NormType(Sandwich, LayerNorm))
+    model, plain = model_of("Sandwich"), model_of("LN")
+    added = {key: value.clone() for key, value in model.state_dict().items() if "_after." in key}
+    assert len(added) == 4 * DEPTH
+    lines = load_pretrained(model, google[1])
+    load_pretrained(plain, google[1])
+    names = ("attention_norm_after.weight", "attention_norm_after.bias")
+    names += ("ffn_norm_after.weight", "ffn_norm_after.bias")
+    assert lines[-1] == KEPT + ", ".join(f"transformer.encoder.layer.*.{name}" for name in names)
+    expected = plain.state_dict() | added
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_checkpoint_of_a_new_type_with_another_norm(tmp_path, monkeypatch):
+    """GroupNorm holds its arrays one level down; they load into LayerNorms all the same."""
+    for name, norm in (("Sandwich", LayerNorm), ("Sandwich_GN", GroupNorm)):
+        monkeypatch.setitem(NORM_TYPES, name, NormType(Sandwich, norm))
+    state, model = random_state(model_of("Sandwich_GN")), model_of("Sandwich")
+    torch.save(state, tmp_path / "x.bin")
+    lines = load_pretrained(model, tmp_path / "x.bin")
+    assert lines == [f"Loaded {len(state)} arrays from {tmp_path / 'x.bin'}"]
+    for ours, theirs in zip(model.state_dict().values(), state.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 4, 7, 14])
+def test_position_embeddings_are_scipys(google, grid):
+    arrays, file = google
+    model = model_of(grid=grid)
     load_pretrained(model, file)
-    positions = arrays["Transformer/posembed_input/pos_embedding"][0].astype(np.float64)
+    positions = arrays[POSITIONS][0].astype(np.float64)
     expected = ndimage.zoom(positions[1:].reshape(4, 4, -1), (grid / 4, grid / 4, 1), order=1)
-    found = model.state_dict()["transformer.embeddings.position_embeddings"][0].numpy()
+    found = model.state_dict()[pretrained.POSITIONS][0].numpy()
     np.testing.assert_allclose(found[1:], expected.reshape(grid**2, -1), atol=1e-5)
     np.testing.assert_array_equal(found[0], positions[0])
 
 
-def test_head(small):
+@pytest.mark.parametrize(
+    ("zero_head", "classes", "loads"), [(False, 10, True), (True, 10, False), (False, 100, False)]
+)
+def test_head(google, zero_head, classes, loads):
     """Of the file's size it loads; `zero_head` and another size start at zero."""
-    arrays, file = small
-    for kwargs, loads in (({}, True), ({"zero_head": True}, False), ({"num_classes": 100}, False)):
-        model = small_model("LN", 4, **kwargs)
-        load_pretrained(model, file)
-        if loads:
-            np.testing.assert_array_equal(
-                model.head.weight.detach().numpy().T, arrays["head/kernel"]
-            )
-        else:
-            assert not model.head.weight.any() and not model.head.bias.any()
+    arrays, file = google
+    model = model_of(classes=classes)
+    model.zero_head = zero_head
+    load_pretrained(model, file)
+    kernel, bias = arrays["head/kernel"], arrays["head/bias"]
+    if not loads:
+        kernel, bias = np.zeros((D, classes)), np.zeros(classes)
+    np.testing.assert_array_equal(model.head.weight.detach().numpy().T, kernel)
+    np.testing.assert_array_equal(model.head.bias.detach().numpy(), bias)
 
 
-def randomized(norm_type, **kwargs):
-    """A state dict of random floats, every count 9."""
-    return {
-        key: torch.randn_like(value) if value.is_floating_point() else torch.full_like(value, 9)
-        for key, value in small_model(norm_type, **kwargs).state_dict().items()
-    }
+# ---------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("ours", [False, True])
 def test_checkpoint_of_the_same_type_loads_whole(tmp_path, norm_type, ours):
     """A plain state dict, as the reference writes it, and our own file, buffers included."""
-    state, file = randomized(norm_type), tmp_path / "checkpoint.bin"
+    model, file = model_of(norm_type), tmp_path / "checkpoint.bin"
+    state = random_state(model)
     save_checkpoint({"model": state, "step": 3}, file) if ours else torch.save(state, file)
-    model = small_model(norm_type)
-    lines = load_pretrained(model, file)
-    assert lines == [f"Loaded {len(state)} arrays from {file}"]
+    assert load_pretrained(model, file) == [f"Loaded {len(state)} arrays from {file}"]
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
 
@@ -241,9 +240,9 @@ def test_checkpoint_of_the_same_type_loads_whole(tmp_path, norm_type, ours):
 @pytest.mark.parametrize("source", NORM_TYPES)
 def test_checkpoint_into_every_type(tmp_path, source, target):
     """What both have loads; what only the model has stays; positions are resized."""
-    state, file = randomized(source), tmp_path / "checkpoint.bin"
+    state, file = random_state(model_of(source)), tmp_path / "checkpoint.bin"
     torch.save(state, file)
-    model = small_model(target, img_size=112)
+    model = model_of(target, grid=5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     load_pretrained(model, file)
 
@@ -252,144 +251,123 @@ def test_checkpoint_into_every_type(tmp_path, source, target):
 
     state = {plain(key): value for key, value in state.items()}
     for key, value in model.state_dict().items():
-        if "position" not in key:
+        if key != pretrained.POSITIONS:
             assert torch.equal(value, state.get(plain(key), before[key])), key
 
 
+# ---------------------------------------------------------------- what is refused
+
+
 def refused(model, file, *parts):
-    """The error's line; checks that it is one line with `parts`, and the model is untouched."""
+    """Checks that the error is one line with `parts`, and the model untouched."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(PretrainedError) as error:
+    with pytest.raises(UserError) as error:
         load_pretrained(model, file)
     message = str(error.value)
     assert "\n" not in message
-    for part in parts:
+    for part in ("--pretrained_dir", file, *parts):
         assert str(part) in message, message
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("norm_type", ["LN", "Rescale"])
-def test_npz_that_lacks_an_array(small, tmp_path, norm_type):
-    arrays, model = small[0], small_model(norm_type, 4)
-    lacking = [BLOCK_3_KEY, "cls", "head/bias", "embedding/kernel"]
-    if norm_type == "LN":
-        lacking += ["Transformer/encoderblock_1/LayerNorm_2/bias", "Transformer/encoder_norm/scale"]
-    for name in lacking:
-        np.savez(tmp_path / "x.npz", **{k: v for k, v in arrays.items() if k != name})
-        refused(model, tmp_path / "x.npz", f"lacks {name}", "another model")
-
-
-def test_checkpoint_that_lacks_an_array(tmp_path):
-    for norm_type, name in (
+@pytest.mark.parametrize(
+    ("norm_type", "name"),
+    [
+        ("LN", "cls"),
+        ("LN", KEY_KERNEL),
+        ("Rescale", KEY_KERNEL),
+        ("Rescale", "head/bias"),
+        ("LN", "Transformer/encoderblock_1/LayerNorm_2/bias"),
+        ("GN", "Transformer/encoder_norm/scale"),
         ("LN", "transformer.encoder.encoder_norm.weight"),
         ("BN", "transformer.encoder.layer.1.ffn_norm.layer.running_var"),
         ("Rescale", "transformer.encoder.layer.1.addbias._bias"),
-    ):
-        state = randomized(norm_type)
-        del state[name]
-        torch.save(state, tmp_path / "x.bin")
-        refused(small_model(norm_type), tmp_path / "x.bin", f"lacks {name}", "another model")
+    ],
+)
+def test_file_that_lacks_an_array(google, tmp_path, norm_type, name):
+    model, file = model_of(norm_type), tmp_path / "x"
+    if name in google[0]:
+        with file.open("wb") as stream:
+            np.savez(stream, **{k: v for k, v in google[0].items() if k != name})
+    else:
+        torch.save({k: v for k, v in random_state(model).items() if k != name}, file)
+    refused(model, file, f"lacks {name}:", "another model")
 
 
 @pytest.mark.parametrize(
-    "name, value, parts",
+    ("name", "shape", "dtype", "parts"),
     [
-        ("cls", np.zeros((1, 1, 191), "f4"), ["(1, 1, 191)", "(1, 1, 192)"]),
-        (BLOCK_3_KEY, np.zeros((192, 6, 32), "f4"), ["(192, 6, 32)", "(192, 3, 64)"]),
-        (
-            "embedding/kernel",
-            np.zeros((32, 32, 3, 192), "f4"),
-            ["(32, 32, 3, 192)", "(16, 16, 3, 192)"],
-        ),
-        (
-            "Transformer/posembed_input/pos_embedding",
-            np.zeros((1, 16, 192), "f4"),
-            ["(1, 17, 192)"],
-        ),
-        ("Transformer/posembed_input/pos_embedding", np.zeros((0,), "f4"), ["(0,)"]),
-        ("head/bias", np.zeros((1, 10), "f4"), ["(1, 10)", "(10,)"]),
-        ("cls", np.zeros((1, 1, 192), "i4"), ["int32", "float32"]),
-        ("cls", np.zeros((1, 1, 192), "V2"), ["|V2"]),
-        ("cls", np.array("a"), ["()"]),
+        ("cls", (1, 1, 23), "f4", ["(1, 1, 23)", "(1, 1, 24)"]),
+        (KEY_KERNEL, (24, 6, 4), "f4", ["(24, 6, 4)", "(24, 3, 8)"]),
+        ("embedding/kernel", (4, 4, 3, 24), "f4", ["(4, 4, 3, 24)", "(8, 8, 3, 24)"]),
+        (POSITIONS, (1, 16, 24), "f4", ["(1, 17, 24)"]),
+        (POSITIONS, (0,), "f4", ["(0,)"]),
+        ("head/bias", (1, 10), "f4", ["(1, 10)", "(10,)"]),
+        ("cls", (1, 1, 24), "i4", ["int32", "float32"]),
+        ("cls", (1, 1, 24), "V2", ["|V2"]),
+        ("cls", (), "U1", ["()"]),
     ],
 )
-def test_npz_with_an_unfit_array(small, tmp_path, name, value, parts):
-    np.savez(tmp_path / "x.npz", **(small[0] | {name: value}))
-    refused(small_model("LN", 4), tmp_path / "x.npz", name, *parts)
+def test_npz_with_an_unfit_array(google, tmp_path, name, shape, dtype, parts):
+    np.savez(tmp_path / "x.npz", **(google[0] | {name: np.zeros(shape, dtype)}))
+    refused(model_of(), tmp_path / "x.npz", name, *parts)
 
 
-def test_file_of_another_model(small, tmp_path):
-    file = small[1]
-    refused(small_model("LN", 2), file, "Transformer/encoderblock_2/", "2 blocks", "another model")
-    refused(small_model("LN", 5), file, "lacks Transformer/encoderblock_4/", "another model")
-    other = VisionTransformer(CONFIGS["ViT-Ti_4"], 32, num_classes=10)
-    refused(other, file, "another model")
-    torch.save(randomized("LN", num_layers=3), tmp_path / "x.bin")
-    refused(small_model("LN", 2), tmp_path / "x.bin", "encoder.layer.2.", "another model")
+def test_file_of_another_model(google, tmp_path):
+    file = google[1]
+    refused(model_of(depth=2), file, "Transformer/encoderblock_2/", "2 blocks", "another model")
+    refused(model_of(depth=5), file, "lacks Transformer/encoderblock_3/", "another model")
+    refused(model_of(dim=48), file, "another model")
+    torch.save(random_state(model_of()), tmp_path / "x.bin")
+    refused(model_of(depth=2), tmp_path / "x.bin", "encoder.layer.2.", "another model")
 
 
-def test_damaged_files(small, tmp_path):
+def test_damaged_files(google, tmp_path):
     """Cut short at several places; a changed byte in the middle."""
-    model, data = small_model("LN", 4), small[1].read_bytes()
-    file, size = tmp_path / "x.npz", len(data)
-    for end in (0, 1, 10, 40, 1000, size // 2, size - 5000, size - 22, size - 1):
-        file.write_bytes(data[:end])
-        refused(model, file, file)
-    file.write_bytes(data[: size // 2] + bytes([data[size // 2] ^ 255]) + data[size // 2 + 1 :])
-    refused(model, file, file, "cannot read", "damaged")
-
-    save_checkpoint({"model": randomized("LN")}, tmp_path / "whole.bin")
-    torch.save(randomized("LN"), tmp_path / "plain.bin")
-    for whole in ("whole.bin", "plain.bin"):
-        data, file = (tmp_path / whole).read_bytes(), tmp_path / "x.bin"
-        for end in (0, 10, len(data) // 2, len(data) - 200):
+    state, file = random_state(model_of()), tmp_path / "x"
+    save_checkpoint({"model": state}, tmp_path / "ours.bin")
+    torch.save(state, tmp_path / "plain.bin")
+    for whole in (google[1], tmp_path / "ours.bin", tmp_path / "plain.bin"):
+        data = whole.read_bytes()
+        for end in (0, 1, 10, 40, 1000, len(data) // 2, -5000, -200, -22, -1):
             file.write_bytes(data[:end])
-            refused(small_model("LN"), file, file)
+            refused(model_of(), file)
+    data = bytearray(google[1].read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+    refused(model_of(), file, "cannot read", "damaged")
 
 
 def test_files_of_other_kinds(tmp_path):
-    model = small_model()
-    for name, content in (
-        ("x.npz", b"hello\n" * 99),
-        ("x.bin", b"hello"),
-        ("x.npz", b"PK\3\4" * 99),
-    ):
-        (tmp_path / name).write_bytes(content)
-        refused(model, tmp_path / name, tmp_path / name)
+    model, npz, other = model_of(depth=1), tmp_path / "x.npz", tmp_path / "x.bin"
+    for file, content in ((npz, b"hello\n" * 99), (other, b"hello"), (npz, b"PK\3\4" * 99)):
+        file.write_bytes(content)
+        refused(model, file)
     np.save(tmp_path / "x.npy", np.zeros(3))
-    refused(model, tmp_path / "x.npy", tmp_path / "x.npy")
-    torch.save({"step": 3}, tmp_path / "x.bin")
-    refused(model, tmp_path / "x.bin", "'step'")
-    torch.save([torch.zeros(2)], tmp_path / "x.bin")
-    refused(model, tmp_path / "x.bin", tmp_path / "x.bin")
-    missing = tmp_path / "no.npz"
-    refused(model, missing, "--pretrained_dir", missing, "auto", pretrained.BASE_URL, "ViT-H_14")
-    refused(model, tmp_path, tmp_path)
+    refused(model, tmp_path / "x.npy")
+    torch.save({"step": 3}, other)
+    refused(model, other, "'step'")
+    torch.save([torch.zeros(2)], other)
+    refused(model, other)
+    refused(model, tmp_path / "no.npz", "auto", pretrained.BASE_URL, "ViT-H_14")
+    refused(model, tmp_path)
 
 
-class Bomb:
-    """Unpickling it creates `marker`."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("name", ["cls", "unused"])
-def test_pickles_are_not_executed(small, tmp_path, name):
-    marker, file = tmp_path / "executed", tmp_path / "x.npz"
-    np.savez(file, **(small[0] | {name: np.array([Bomb(marker)], dtype=object)}))
-    refused(small_model("LN", 4), file, name, "allow_pickle=False")
-    torch.save(randomized("LN") | {name: Bomb(marker)}, tmp_path / "x.bin")
-    refused(small_model("LN"), tmp_path / "x.bin", tmp_path / "x.bin")
+def test_pickles_are_not_executed(google, tmp_path):
+    marker, npz, checkpoint = (tmp_path / name for name in ("executed", "x.npz", "x.bin"))
+    np.savez(npz, **google[0], unused=np.array([Bomb(marker)], dtype=object))
+    refused(model_of(), npz, "unused", "allow_pickle=False")
+    torch.save(random_state(model_of()) | {"unused": Bomb(marker)}, checkpoint)
+    refused(model_of(), checkpoint)
     assert not marker.exists()
 
 
+# ---------------------------------------------------------------- the download
+
+
 @pytest.fixture
-def server(monkeypatch, small):
+def server(monkeypatch, google):
     """A server on 127.0.0.1 in place of Google's; `server.sends` is how many bytes it sends."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -405,7 +383,7 @@ def server(monkeypatch, small):
             pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    server.body, server.sends = small[1].read_bytes(), None
+    server.body, server.sends = google[1].read_bytes(), None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -414,16 +392,6 @@ def server(monkeypatch, small):
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-def download_refused(folder, *parts, model_type="ViT-B_16"):
-    with pytest.raises(PretrainedError) as error:
-        download(model_type, folder)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in ("--pretrained_dir auto", *parts):
-        assert str(part) in message, message
-    assert not list(folder.glob("*"))
 
 
 def test_download(server, tmp_path):
@@ -436,20 +404,29 @@ def test_download(server, tmp_path):
 
 
 def test_download_that_fails(server, tmp_path, monkeypatch):
-    server.sends = len(server.body) // 2
-    download_refused(tmp_path, f"{server.sends} of {len(server.body)} bytes")
-    server.sends, server.body = None, b"<html>please log in</html>"
-    download_refused(tmp_path, "not a .npz")
-    download_refused(tmp_path, "404", f"{pretrained.BASE_URL}/ViT-L_16.npz", model_type="ViT-L_16")
-    download_refused(tmp_path, *pretrained.PUBLISHED, "ViT-Ti_4", model_type="ViT-Ti_4")
+    def fails(*parts, model_type="ViT-B_16"):
+        with pytest.raises(UserError) as error:
+            download(model_type, tmp_path)
+        message = str(error.value)
+        assert "\n" not in message
+        for part in ("--pretrained_dir auto", *parts):
+            assert part in message, message
+        assert not list(tmp_path.iterdir())
 
-    def interrupted(source, target, length):
-        target.write(b"half")
+    server.sends = len(server.body) // 2
+    fails("not a whole .npz")
+    server.sends, server.body = None, b"<html>please log in</html>"
+    fails("not a whole .npz")
+    fails("404", f"{pretrained.BASE_URL}/ViT-L_16.npz", model_type="ViT-L_16")
+    fails(*pretrained.PUBLISHED, "ViT-Ti_4", model_type="ViT-Ti_4")
+
+    def interrupted(url, file):
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrained.shutil, "copyfileobj", interrupted)
+        patch.setattr(torch.hub, "download_url_to_file", interrupted)
         download("ViT-B_16", tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(pretrained, "BASE_URL", "http://127.0.0.1:9/release")  # no server there
-    download_refused(tmp_path, "refused")
+    fails("refused")

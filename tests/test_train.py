@@ -1,4 +1,7 @@
-"""train.py as its user runs it: mistakes, a whole run and what it leaves, processes, restarts."""
+"""train.py as its user runs it: mistakes, a whole run and what it leaves, processes, flags.
+
+Most runs are of small models, in forks of one process (forks.py).
+"""
 
 import os
 import re
@@ -6,73 +9,75 @@ import shutil
 import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from programs import ROOT, TINY, run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from programs import DATA, ROOT, TINY, call, environment, events, needs_cifar10, refused, run
+from programs import scalars, write_log
+from small import small_model
 
-from utils import dist_util
-from utils.args import RunFiles, parse_args
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.run_logger import read_log
+import plot_acc_loss
+import plot_attn
+from models.fast_cpu import capability
+from utils import dist_util, run_logger
+from utils.args import build_parser, parse_args
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.errors import UserError, reported
+from utils.log_reader import read_log
+from utils.run_files import RunFiles, result_flags
 
-DATA = Path(os.environ.get("RESCALEVIT_DATA", ROOT / "data"))
+NO_DROPOUT = """
+from models.configs import CONFIGS
+for config in CONFIGS.values():
+    config.transformer.dropout_rate = 0.0
+"""
 
 
-def needs_cifar10():
-    """Skip where the real CIFAR-10 is not, unless it is required (as in CI)."""
-    if not (DATA / "cifar-10-batches-py").exists():
-        if os.environ.get("RESCALEVIT_REQUIRE_CIFAR"):
-            pytest.fail(f"CIFAR-10 is required but not in {DATA}")
-        pytest.skip(f"no CIFAR-10 in {DATA}")
+def log_of(folder):
+    return read_log(next(folder.glob("output/*.txt")))
 
+
+# Mistakes
 
 # What is wrong, and what the line must name: the flag, the value and what is allowed.
 MISTAKES = {
     "no name": (["--dataset", "digits"], ["--name"]),
     "unknown flag": (["--lr", "1"], ["--lr"]),
-    "norm": (["--norm_type", "XN"], ["--norm_type", "XN", "LN, BN, GN, Rescale"]),
-    "model": (["--model_type", "ViT-X_9"], ["--model_type", "ViT-X_9", "ViT-B_16"]),
-    "dataset": (["--dataset", "mnist"], ["--dataset", "mnist", "cifar100"]),
+    "norm": (["--norm_type", "XN"], ["--norm_type", "invalid choice: 'XN'", "Rescale"]),
+    "model": (["--model_type", "ViT-X_9"], ["--model_type", "invalid choice", "ViT-B_16"]),
+    "dataset": (["--dataset", "mnist"], ["--dataset", "invalid choice", "cifar100"]),
+    "level": (["--fp16_opt_level", "O4"], ["--fp16_opt_level", "invalid choice", "O3"]),
     "patch": (["--img_size", "100"], ["--img_size", "100", "16"]),
     "accumulation": (
         ["--train_batch_size", "10", "--gradient_accumulation_steps", "3"],
         ["--train_batch_size", "10", "3"],
     ),
     "zero steps": (["--num_steps", "0"], ["--num_steps", "0", "from 1"]),
-    "negative batch": (["--train_batch_size", "-4"], ["--train_batch_size", "-4", "from 1"]),
     "fraction": (["--eval_every", "2.5"], ["--eval_every", "2.5", "whole number"]),
     "negative rate": (["--learning_rate", "-1"], ["--learning_rate", "-1", "from 0"]),
     "nan": (["--weight_decay", "nan"], ["--weight_decay", "nan"]),
     "zero clip": (["--max_grad_norm", "0"], ["--max_grad_norm", "above 0"]),
-    "level": (["--fp16_opt_level", "O4"], ["--fp16_opt_level", "O4", "O0, O1, O2, O3"]),
-    "decay": (["--decay_type", "step"], ["--decay_type", "step", "cosine, linear"]),
     "path in name": (["--name", "../x"], ["--name", "../x"]),
     "apex": (["--amp_backend", "apex"], ["--amp_backend", "2025", "native"]),
-    "output is a file": (["--output_dir", "a_file"], ["--output_dir", "a_file"]),
-    "output unwritable": (["--output_dir", "/proc/here"], ["--output_dir", "/proc/here"]),
     "loss scale at O3": (
         ["--fp16", "--fp16_opt_level", "O3", "--loss_scale", "8"],
         ["--loss_scale", "8", "O1 and O2"],
     ),
+    "both": (["--resume", "--overwrite"], ["--overwrite", "not together with --resume"]),
     "empty path": (["--pretrained_dir", ""], ["--pretrained_dir", "''", "a path"]),
-    "empty checkpoint": (["--resume="], ["--resume", "''"]),
-    "no weights": (["--pretrained_dir", "none.npz"], ["--pretrained_dir", "none.npz", "auto"]),
-    "no checkpoint": (["--resume", "none.bin"], ["--resume", "none.bin"]),
+    "output is a file": (["--output_dir", "a_file"], ["--output_dir", "a_file"]),
+    "output unwritable": (["--output_dir", "/proc/here"], ["--output_dir", "/proc/here"]),
     "damaged data": (
         ["--dataset", "cifar10", "--data_dir", "damaged"],
         ["--data_dir", "data_batch_1", "damaged"],
     ),
+    "no weights": (["--pretrained_dir", "none.npz"], ["--pretrained_dir", "none.npz", "auto"]),
     "cut weights": (["--pretrained_dir", "cut.npz"], ["--pretrained_dir", "cut.npz"]),
     "text as weights": (["--pretrained_dir", "a_file"], ["--pretrained_dir", "a_file"]),
-    "wrong weights": (
-        ["--pretrained_dir", "other.npz"],
-        ["--pretrained_dir", "other.npz", "lacks"],
-    ),
+    "wrong weights": (["--pretrained_dir", "other.npz"], ["--pretrained_dir", "lacks"]),
+    "no checkpoint": (["--resume", "none.bin"], ["--resume", "none.bin"]),
     "cut checkpoint": (["--resume", "cut.bin"], ["--resume", "cut.bin"]),
     "weights only": (["--resume", "weights.bin"], ["--resume", "weights.bin", "weights only"]),
     "no best yet": (["--eval"], ["checkpoint.bin", "no such file"]),
@@ -80,12 +85,9 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory):
-    """What train.py answers to each mistake; run two at a time, as each takes seconds to start.
-
-    Their seeds differ, or they would be one run, which cannot be under way twice.
-    """
-    folder = tmp_path_factory.mktemp("mistakes")
+def traps(tmp_path_factory):
+    """A folder with files that are not what the flags ask for."""
+    folder = tmp_path_factory.mktemp("traps")
     (folder / "a_file").write_text("not a folder\n")
     (folder / "damaged/cifar-10-batches-py").mkdir(parents=True)
     (folder / "damaged/cifar-10-batches-py/data_batch_1").write_bytes(b"\0" * 100)
@@ -93,33 +95,71 @@ def mistakes(tmp_path_factory):
     (folder / "cut.npz").write_bytes((folder / "other.npz").read_bytes()[:100])
     save_checkpoint({"model": {"w": torch.zeros(9)}}, folder / "weights.bin")
     (folder / "cut.bin").write_bytes((folder / "weights.bin").read_bytes()[:-200])
-    before = sorted(folder.rglob("*"))
-
-    def answer(mistake):
-        tiny = [] if mistake == "no name" else [*TINY, "--seed", str(list(MISTAKES).index(mistake))]
-        return run([*tiny, *MISTAKES[mistake][0]], folder, check=False)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(MISTAKES, pool.map(answer, MISTAKES)))
-    left = [path for path in folder.rglob("*") if path not in before and path.is_file()]
-    return done, left
+    return folder
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_gets_one_line_and_status_2(mistakes, mistake):
-    done = mistakes[0][mistake]
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
-    for word in MISTAKES[mistake][1]:
-        assert word in done.stderr
+def test_mistake_gets_one_line_and_leaves_no_file(forks, traps, mistake):
+    flags, words = MISTAKES[mistake]
+    tiny = [] if mistake == "no name" else TINY
+    done = forks.run([*tiny, *flags], traps, check=False)
+    refused(done, *words)
+    assert done.output.count("\n") == 1
+    assert not [*traps.glob("output/[!.]*")] + [*traps.glob("logs/[!.]*")]
 
 
-def test_mistakes_leave_no_files(mistakes):
-    assert mistakes[1] == []
+def test_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--gpu_id 2: the GPUs here are 0 to 1"):
+        dist_util.init(parse_args(["--name", "x", "--gpu_id", "2"]))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--local_rank 3: the GPUs here are 0 to 1"):
+        dist_util.init(parse_args(["--name", "x", "--local-rank", "3"]))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="--local_rank 2"):
+        dist_util.init(parse_args(["--name", "x", "--local_rank", "0"]))
 
 
-def test_help_groups_flags_with_defaults(tmp_path):
-    text = run(["--help"], tmp_path).stdout
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("what is wrong"), "what is wrong"),
+        (OSError("what is wrong"), "what is wrong"),  # it has neither file nor strerror
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+    ],
+)
+def test_an_error_becomes_one_line(error, line):
+    @reported
+    def main():
+        raise error
+
+    done = call(main)
+    assert (done.returncode, done.stderr) == (2, f"test_train.py: error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"head.bias": torch.zeros(9)}, r"head.bias is \(9,\), the model's is \(7,\)"),
+        ({"head.bias": None}, r"head.bias is missing, the model's is \(7,\)"),
+        ({"more": torch.zeros(2, 3)}, r"more is \(2, 3\), the model's is missing"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, words):
+    model = small_model()
+    state = {k: v for k, v in (model.state_dict() | change).items() if v is not None}
+    with pytest.raises(UserError, match=f"^a.bin: .*: {words}$"):
+        load_weights(model, state, "a.bin")
+
+
+# Flags
+
+
+def test_help_groups_flags_with_defaults():
+    text = build_parser().format_help()
     for group in ("experiment:", "optimization:", "precision and speed:", "processes:"):
         assert group in text
     reference = {  # the reference's command line
@@ -152,53 +192,135 @@ def test_help_groups_flags_with_defaults(tmp_path):
     assert all(f"--{flag}" in text for flag in flags.keys() - {"processes"})  # torchrun says
 
 
+def test_runs_with_other_flags_share_no_file(monkeypatch):
+    """Names: the reference's to begin with, and different for every different flag."""
+    changes = [
+        "",
+        "--dataset cifar100",
+        "--seed 1",
+        "--learning_rate 0.03",
+        "--train_batch_size 64",
+        "--fp16 --fp16_opt_level O1",
+        "--fp16",
+        "--pretrained_dir auto",
+        "--pretrained_dir a/ViT-B_16.npz",
+        "--pretrained_dir b/ViT-B_16.npz",
+        "--pretrained_dir a/other.npz",
+        "--compile",
+        "--cpu_kernels plain",
+        "--num_steps 100 --warmup_steps 3",
+        "--num_steps 101 --warmup_steps 3 --weight_decay 0.1 --seed 7 --max_grad_norm 2",
+        "--num_steps 102 --warmup_steps 3 --weight_decay 0.1 --seed 7 --max_grad_norm 2",
+        "--decay_type linear",
+    ]
+    files = [RunFiles(parse_args(["--name", "x", *change.split()])) for change in changes]
+    files.append(RunFiles(parse_args(["--name", "x_ViT-B_16"])))
+    monkeypatch.setenv("RANK", "0")  # as torchrun does
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    files.append(RunFiles(parse_args(["--name", "x"])))
+    for kind in ("log", "best", "final", "lock", "tensorboard", "tensorboard_lock"):
+        paths = [getattr(each, kind) for each in files]
+        assert len(set(paths)) == len(files), kind
+        assert max(len(path.name) for path in paths) < 200
+    plain = files[0]
+    assert plain.run_name == "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_F"
+    assert plain.best == Path("output") / f"{plain.run_name}_checkpoint.bin"
+    for each in files:
+        assert re.match("cifar100?_ViT-B_16_norm_LN_fp_(True|False)_img_224_pret", each.log.name)
+
+
+@pytest.mark.parametrize(
+    "flags, others",
+    [
+        ("", "--fp16_opt_level O1 --loss_scale 8 --half_dtype bf16"),  # without --fp16
+        ("", "--log_every 3 --save_every 7 --grad_checkpointing --data_dir elsewhere"),
+        ("--pretrained_dir auto", "--pretrained_dir ./pretrain/ViT-B_16.npz"),  # the reference's
+    ],
+)
+def test_flags_without_effect_on_results_make_no_other_run(flags, others):
+    args, same = (parse_args(["--name", "x", *text.split()]) for text in (flags, others))
+    assert result_flags(args) == result_flags(same)
+    assert RunFiles(args).run_name == RunFiles(same).run_name
+    letter = "T" if flags else "F"
+    assert RunFiles(args).run_name == f"x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_{letter}"
+
+
+def test_flags_without_effect_on_results_may_change(forks, tmp_path):
+    """--stop_after keeps the schedule, and resuming with such flags ends as the whole run does."""
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    broken.mkdir()
+    whole.mkdir()
+    forks.run([*TINY, "--stop_after", "6"], broken)
+    assert log_of(broken).steps == [6] and not log_of(broken).finished
+    flags = ["--fp16_opt_level", "O1", "--grad_checkpointing"]
+    assert "Resumed from step 6:" in forks.run([*TINY, *flags, "--resume"], broken).output
+    forks.run(TINY, whole)
+    ends = [next(folder.glob("output/*_final.bin")).read_bytes() for folder in (broken, whole)]
+    assert ends[0] == ends[1]
+
+
+def test_plain_cpu_kernels(forks, tmp_path):
+    args = [*TINY, "--cpu_kernels", "plain"]
+    done = forks.run(args, tmp_path)
+    assert "Chosen for this machine: O0 in float32, PyTorch's layers\n" in done.output
+    log = log_of(tmp_path)
+    assert log.finished
+    evaluated = forks.run([*args, "--eval"], tmp_path).output
+    assert f"Valid Accuracy: {log.best_accuracy:.5f}\n" in evaluated
+
+
+# A whole run by the real command, and what it leaves
+
+LEARN = [*TINY, *"--num_steps 100 --eval_every 40 --norm_type Rescale --fp16".split()]
+# Has PyTorch, oneDNN and MKL do without AVX-512
+AVX2 = dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run on digits to its end, and its --eval."""
     folder = tmp_path_factory.mktemp("finished")
-    learn = ["--num_steps", "150", "--eval_every", "60", "--norm_type", "Rescale", "--fp16"]
-    done = run([*TINY, *learn], folder)
-    evaluated = run([*TINY, *learn, "--eval"], folder)
+    done = run(LEARN, folder)
+    evaluated = run([*LEARN, "--eval"], folder)
     return folder, done, evaluated
 
 
 def test_run_learns_and_leaves_its_files(finished):
     folder, done, _ = finished
-    log = read_log(next(folder.glob("output/digits_ViT-Ti_16_norm_Rescale_fp_True_img_16*.txt")))
-    assert log.steps == [60, 120, 150] and log.finished
-    assert log.accuracy[-1] > 0.6 and log.loss[-1] < 1.5  # chance is 0.1 and 2.3
+    log = log_of(folder)
+    assert log.path.name.startswith("digits_ViT-Ti_16_norm_Rescale_fp_True_img_16_pretrain_F_tiny,")
+    assert log.steps == [40, 80, 100] and log.finished
+    assert log.accuracy[-1] > 0.5 and log.loss[-1] < 1.8  # chance is 0.1 and 2.3
     assert log.total_parameters == "5.5M"
-    assert log.flags["num_steps"] == 150 and log.flags["fp16"] is True
+    assert log.flags["num_steps"] == 100 and log.flags["fp16"] is True
     text = log.path.read_text()
     assert re.search(r"Environment: Python .* torch 2\..*, commit \w+", text)
     assert "\r" not in done.stderr, "the progress bar is for terminals only"
 
     run_name = "tiny_ViT-Ti_16_norm_Rescale_fp_True_img_16_pretrain_F"
-    best = load_checkpoint(next(folder.glob(f"output/{run_name}*_checkpoint.bin")), True)
+    best = load_checkpoint(next(folder.glob(f"output/{run_name}*_checkpoint.bin")))
     assert best["accuracy"] == pytest.approx(log.best_accuracy, abs=1e-6)
     assert all(v.dtype in (torch.float32, torch.int64) for v in best["model"].values())
     assert len(list(folder.glob("output/*_step_*.bin"))) == 2
-    assert not list(folder.glob("output/*.lock")) + list(folder.glob("output/*.part"))
+    assert not list(folder.glob("output/*.part"))
 
 
 def test_tensorboard_has_every_step(finished):
-    folder, _, _ = finished
-    events = EventAccumulator(str(next(folder.glob("logs/tiny_*"))))
-    events.Reload()
-    tags = events.Tags()
-    curves = "loss lr grad_norm loss_scale images_per_s".split()
-    assert {f"train/{name}" for name in curves} <= set(tags["scalars"])
-    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 151))
-    rates = {point.step: point.value for point in events.Scalars("train/lr")}
-    assert rates[3] == pytest.approx(0.02 * 3 / 5) and rates[150] == 0
-    assert [point.step for point in events.Scalars("test/accuracy")] == [60, 120, 150]
-    assert [point.step for point in events.Scalars("test/loss")] == [60, 120, 150]
-    assert any("flags" in tag for tag in tags["tensors"])
+    (tensorboard,) = finished[0].glob("logs/tiny_*")
+    curves = scalars(tensorboard)
+    names = "loss lr grad_norm loss_scale images_per_s".split()
+    assert {f"train/{name}" for name in names} <= curves.keys()
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, 101))
+    rates = dict(curves["train/lr"])
+    assert rates[3] == pytest.approx(0.02 * 3 / 5) and rates[100] == 0
+    for tag in ("test/accuracy", "test/loss"):
+        assert [step for step, _ in curves[tag]] == [40, 80, 100]
+    assert any("flags" in tag for tag in events(tensorboard).Tags()["tensors"])
 
 
 def test_eval_repeats_the_best_evaluation_and_draws(finished):
     folder, _, evaluated = finished
-    log = read_log(next(folder.glob("output/*.txt")))
+    log = log_of(folder)
     best = log.accuracy.index(max(log.accuracy))
     assert f"Valid Accuracy: {log.accuracy[best]:.5f}" in evaluated.stdout
     assert f"Valid Loss: {log.loss[best]:.5f}" in evaluated.stdout
@@ -208,158 +330,137 @@ def test_eval_repeats_the_best_evaluation_and_draws(finished):
     assert (folder / "img/plot_acc_loss/Rescale_loss_acc.png").exists()
 
 
-def test_plots_by_themselves(finished, tmp_path):
-    folder, _, _ = finished
-    log = str(next(folder.glob("output/*.txt")))
-    run([log], tmp_path, program="plot_acc_loss.py")
-    best = str(next(folder.glob("output/*_checkpoint.bin")))
-    run([best, "--out_dir", "here"], tmp_path, program="plot_attn.py")
+def test_plots_by_themselves(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (best,) = finished[0].glob("output/*_checkpoint.bin")
+    assert call(plot_acc_loss.main, log_of(finished[0]).path).returncode == 0
+    assert call(plot_attn.main, best, "--out_dir", "here").returncode == 0
     for figure in ("img/plot_acc_loss/Rescale_loss_acc.png", "here/Rescale_layer_3.png"):
-        data = (tmp_path / figure).read_bytes()
+        data = Path(figure).read_bytes()
         width, height = struct.unpack(">II", data[16:24])
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 300 and height > 200
 
 
-def test_existing_run_is_not_overwritten(finished):
-    folder, _, _ = finished
-    learn = ["--num_steps", "150", "--eval_every", "60", "--norm_type", "Rescale", "--fp16"]
-    files = {path: path.read_bytes() for path in folder.rglob("output/*.*")}
-    done = run([*TINY, *learn], folder, check=False)
-    assert done.returncode == 2 and "--resume" in done.stderr and "--overwrite" in done.stderr
-    assert files == {path: path.read_bytes() for path in folder.rglob("output/*.*")}
+def test_existing_run_is_not_overwritten(forks, finished, tmp_path):
+    """A log alone is one too: in a clone of this repository logs come without their weights."""
+    folder, log = finished[0], log_of(finished[0]).path
+    alone = Path(shutil.copy(log, tmp_path))
+    for output_dir in (folder / "output", tmp_path):
+        files = {path: path.read_bytes() for path in output_dir.glob("*.*")}
+        done = forks.run([*LEARN, "--output_dir", output_dir], tmp_path, check=False)
+        refused(done, output_dir, "--resume", "--overwrite")
+        assert files == {path: path.read_bytes() for path in files}
+    assert alone.name in done.output
 
 
-def test_log_alone_is_not_overwritten(finished, tmp_path):
-    """As in a clone of this repository, where logs come without their weights."""
-    folder, _, _ = finished
-    log = shutil.copy(next(folder.glob("output/*.txt")), tmp_path)
-    learn = ["--num_steps", "150", "--eval_every", "60", "--norm_type", "Rescale", "--fp16"]
-    done = run([*TINY, *learn, "--output_dir", "."], tmp_path, check=False)
-    assert done.returncode == 2 and Path(log).name in done.stderr
-    assert Path(log).read_bytes() == next(folder.glob("output/*.txt")).read_bytes()
+def test_on_a_processor_without_bf16_units(finished, tmp_path):
+    """There --fp16 trains in fp32, and a run from elsewhere goes on; the log tells of both."""
+    folder = shutil.copytree(finished[0], tmp_path / "here")
+    (file,) = folder.glob("output/*_step_80.bin")
+    errors = run([*LEARN, "--resume", str(file)], folder, env=AVX2).stderr
+    notes = [line for line in errors.splitlines() if "--half_dtype bf16" in line]
+    assert len(notes) == 1 and "--fp16 computes in fp32 here: no bf16 units" in notes[0]
+    words = "Not exact from here on: O0 in float32, "
+    assert errors.count(words) == errors.count("Not exact") == ("AVX512" in capability())
+    log = log_of(folder)
+    assert log.finished and log.steps == [40, 80, 100] and log.accuracy[-1] > 0.5
 
 
-def test_gpu_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(dist_util.DeviceError, match="--gpu_id 2: the GPUs here are 0 to 1"):
-        dist_util.init(parse_args(["--name", "x", "--gpu_id", "2"]))
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(dist_util.DeviceError, match="--local_rank 3: the GPUs here are 0 to 1"):
-        dist_util.init(parse_args(["--name", "x", "--local-rank", "3"]))
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(dist_util.DeviceError, match="--local_rank 2"):
-        dist_util.init(parse_args(["--name", "x", "--local_rank", "0"]))
-
-
-def test_runs_with_other_flags_share_no_file(monkeypatch):
-    """Names: the reference's to begin with, and different for every different flag."""
-    changes = [
-        [],
-        ["--dataset", "cifar100"],
-        ["--seed", "1"],
-        ["--learning_rate", "0.03"],
-        ["--train_batch_size", "64"],
-        ["--fp16", "--fp16_opt_level", "O1"],
-        ["--fp16"],
-        ["--pretrained_dir", "auto"],
-        ["--pretrained_dir", "a/ViT-B_16.npz"],
-        ["--pretrained_dir", "b/ViT-B_16.npz"],
-        ["--pretrained_dir", "a/other.npz"],
-        ["--compile"],
-        ["--num_steps", "100", "--warmup_steps", "3"],
-        [*"--num_steps 101 --warmup_steps 3 --weight_decay 0.1 --seed 7 --max_grad_norm 2".split()],
-        [*"--num_steps 102 --warmup_steps 3 --weight_decay 0.1 --seed 7 --max_grad_norm 2".split()],
-        ["--decay_type", "linear"],
-    ]
-    files = [RunFiles(parse_args(["--name", "x", *change])) for change in changes]
-    files.append(RunFiles(parse_args(["--name", "x_ViT-B_16"])))
-    monkeypatch.setenv("RANK", "0")  # as torchrun does
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    files.append(RunFiles(parse_args(["--name", "x"])))
-    monkeypatch.undo()
-    for kind in ("log", "best", "final", "lock", "tensorboard"):
-        paths = [getattr(each, kind) for each in files]
-        assert len(set(paths)) == len(files), kind
-        assert max(len(path.name) for path in paths) < 200
-    flags = ["--name", "x", "--pretrained_dir", "./pretrain/ViT-B_16.npz"]  # the reference's
-    assert RunFiles(parse_args(flags)).run_name == "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_T"
-    plain = files[0]
-    assert plain.run_name == "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_F"
-    assert plain.best == Path("output") / f"{plain.run_name}_checkpoint.bin"
-    assert all(
-        each.log.name.startswith(
-            (
-                "cifar10_ViT-B_16_norm_LN_fp_",
-                "cifar100_ViT-B_16_norm_LN_fp_False_img_224_pretrain_F",
-            )
-        )
-        for each in files
-    )
-
-
-def test_real_cifar10_run_is_reproducible(tmp_path):
+def test_real_cifar10_run_is_reproducible(forks, tmp_path):
     """Two short runs on the real CIFAR-10 agree to the bit, and learn."""
     needs_cifar10()
     flags = (
         "--name c --dataset cifar10 --model_type ViT-Ti_16 --img_size 32 --train_batch_size 32"
         " --learning_rate 0.03 --warmup_steps 10 --num_steps 60 --eval_every 60"
     ).split()
-    logs = []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        run([*flags, "--data_dir", str(DATA)], tmp_path / folder)
-        logs.append(read_log(next((tmp_path / folder / "output").glob("cifar10_*.txt"))))
+    logs, finals = [], []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        forks.run([*flags, "--data_dir", DATA], folder)
+        logs.append(log_of(folder))
+        finals.append(next(folder.glob("output/*_final.bin")).read_bytes())
     assert logs[0].loss == logs[1].loss and logs[0].accuracy == logs[1].accuracy
     assert logs[0].accuracy[-1] > 0.15 and logs[0].loss[-1] < 2.25  # chance: 0.1 and 2.303
-    finals = [next((tmp_path / f).glob("output/*_final.bin")).read_bytes() for f in "ab"]
     assert finals[0] == finals[1]
 
 
-def test_two_processes_train_as_one_twice_as_large(tmp_path):
-    """torchrun with 2 processes of 8 images against 1 of 16: the same images, so near-equal loss.
+# Two processes
 
-    Dropout differs between them, hence the tolerance.
-    """
-    flags = [*TINY, "--num_steps", "6", "--eval_every", "6", "--save_every", "6"]
+
+def test_two_processes_train_as_one_twice_as_large(forks, tmp_path):
+    """2 x 8 images a step are the same 16 images: all losses on record are equal."""
+    flags = "--num_steps 6 --log_every 2 --train_batch_size".split()
+    curves = []
+    for size, setup in (("16", ""), ("8", "two_processes(train)")):
+        folder = tmp_path / size
+        folder.mkdir()
+        done = forks.run([*TINY, *flags, size], folder, NO_DROPOUT + setup)
+        assert done.output.count("Global Steps: 6") == 1, "only the main process logs"
+        assert f"distributed training: {bool(setup)}" in done.output
+        curves.append(scalars(next(folder.glob("logs/tiny_*"))))
+    for tag in ("train/loss", "train/grad_norm", "test/loss", "test/accuracy"):
+        one, two = (np.array(each[tag]) for each in curves)
+        assert two == pytest.approx(one, rel=1e-4), tag
+
+
+def test_torchrun_and_eval_in_one_process(tmp_path):
+    """BatchNorm's statistics differ between processes: evaluated are those that are saved."""
+    args = [*TINY, *"--norm_type BN --train_batch_size 8 --num_steps 8 --eval_every 4".split()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     torchrun += ["--master_port", "29517", str(ROOT / "train.py")]
-    (tmp_path / "two").mkdir()
     done = subprocess.run(
-        [*torchrun, *flags, "--train_batch_size", "8"],
-        cwd=tmp_path / "two",
+        [*torchrun, *args],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
-    (tmp_path / "one").mkdir()
-    run([*flags, "--train_batch_size", "16"], tmp_path / "one")
-    two, one = (read_log(next((tmp_path / n).glob("output/*.txt"))) for n in ("two", "one"))
-    assert "distributed training: True" in two.path.read_text()
-    assert two.loss[-1] == pytest.approx(one.loss[-1], abs=0.05)
-    assert done.stderr.count("Global Steps: 6") == 1, "only the main process logs"
+    log = log_of(tmp_path)
+    assert log.finished and log.flags["processes"] == 2
+    best = log.accuracy.index(max(log.accuracy))
+    evaluated = run([*args, "--eval"], tmp_path, env={"OMP_NUM_THREADS": "1"}).stdout
+    assert f"Valid Accuracy: {log.accuracy[best]:.5f}" in evaluated
+    assert f"Valid Loss: {log.loss[best]:.4f}" in evaluated
 
 
-def test_stop_after_leaves_the_schedule_alone(tmp_path):
-    """--stop_after 6 and then --resume ends where the uninterrupted run does.
+def test_an_error_in_the_main_process_leaves_no_other_waiting(forks, traps):
+    args = [*TINY, "--dataset", "cifar10", "--data_dir", "damaged"]
+    done = forks.run(args, traps, "two_processes(train)", check=False, timeout=60)
+    assert done.returncode == 2
+    first, second = done.output.splitlines()
+    assert first == second and first.startswith("train.py: error: --data_dir damaged: ")
 
-    --grad_checkpointing may come and go: it changes memory and time alone.
-    """
-    run([*TINY, "--stop_after", "6"], tmp_path)
-    log = read_log(next(tmp_path.glob("output/*.txt")))
-    assert log.steps == [6] and not log.finished
-    run([*TINY, "--resume", "--grad_checkpointing"], tmp_path)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    run(TINY, whole)
-    ends = [next(folder.glob("output/*_final.bin")).read_bytes() for folder in (tmp_path, whole)]
-    assert ends[0] == ends[1]
+
+# Surroundings
 
 
 def test_importing_train_has_no_effect(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "import train"], cwd=tmp_path, env=env, check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["", "--csv"])
+def test_results_into_a_closed_pipe(tmp_path, flag):
+    """3,000 lines or cells are more than a pipe holds."""
+    write_log(tmp_path / "log.txt", evaluations=[(100, 1.0, 0.5)])
+    logs = "$(yes log.txt | head -n 3000)"
+    command = f"'{sys.executable}' '{ROOT / 'results.py'}' {flag} {logs} | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout in ("### digits\n", f"dataset,{done.stdout[8:]}") and done.stderr == ""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone of the repository")
+def test_only_changed_code_makes_a_commit_dirty(tmp_path, monkeypatch):
+    """Figures do not: --eval draws them where the repository keeps its own."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    monkeypatch.setattr(run_logger, "__file__", str(clone / "utils/run_logger.py"))
+    (figure, *_) = clone.glob("img/**/*.png")
+    dirty = []
+    for path in (figure, clone / "README.md", clone / "train.py"):
+        path.write_bytes(b"changed")
+        dirty.append(run_logger._environment().endswith("-dirty"))
+    assert dirty == [False, False, True]

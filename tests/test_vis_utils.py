@@ -1,30 +1,25 @@
 """Attention rollout against other ways to it, figures against their data, programs as run."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from programs import call, refused, run, write_log
 
 import plot_acc_loss
+import plot_attn
 from models.modeling import CONFIGS, VisionTransformer
-from plot_attn import plot_attention
 from utils.checkpoint import save_checkpoint
-from utils.run_logger import RunLogger
+from utils.errors import UserError
 from utils.vis_utils import (
     attention_rollout,
     class_token_figure,
     comparison_figure,
     loss_accuracy_figure,
 )
-
-ROOT = Path(__file__).parent.parent
 
 
 def softmax_rows(rng, *shape):
@@ -106,116 +101,110 @@ class Stub(torch.nn.Module):
         return None, [torch.tensor(softmax_rows(rng, len(x), 2, 10, 10)) for _ in range(5)]
 
 
+def is_drawn(path) -> bool:
+    """Whether the image has more in it than its background."""
+    return len(np.unique(imread(path)[..., :3] @ [1, 256, 256**2])) > 50  # a number per color
+
+
 def test_plot_attention_draws_the_blocks_there_are(tmp_path):
     model, image = Stub().train(), torch.rand(1, 3, 24, 24) * 2 - 1
-    paths = plot_attention(model, image, "BN", (0, 3, 6, 9), tmp_path / "a")
+    paths = plot_attn.plot_attention(model, image, "BN", (0, 3, 6, 9), tmp_path / "a")
     assert [path.name for path in paths] == ["BN_layer_0.png", "BN_layer_3.png", "BN_attention.png"]
     assert all(is_drawn(path) for path in paths)
     assert not np.array_equal(imread(paths[0]), imread(paths[1]))
     assert model.training
-    with pytest.raises(ValueError, match="blocks 0 to 4"):
-        plot_attention(model, image, "BN", (5, -1), tmp_path / "b")
+    with pytest.raises(UserError, match="blocks 0 to 4"):
+        plot_attn.plot_attention(model, image, "BN", (5, -1), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
-def is_drawn(path) -> bool:
-    """Whether the image has more in it than its background."""
-    return len(np.unique(imread(path)[..., :3].reshape(-1, 3), axis=0)) > 50
+def test_plot_acc_loss_of_one_log(tmp_path):
+    """As its user runs it, without a display."""
+    log = write_log(tmp_path / "log.txt", "LN", [(100, 0.9, 0.1), (200, 0.5, 0.5)])
+    done = run([log], tmp_path, env={"DISPLAY": "", "MPLBACKEND": ""}, program="plot_acc_loss.py")
+    assert (done.stdout, done.stderr) == ("img/plot_acc_loss/LN_loss_acc.png\n", "")
+    figure = tmp_path / "img/plot_acc_loss/LN_loss_acc.png"
+    assert is_drawn(figure) and [figure] == list(figure.parent.iterdir())
 
 
-def run(script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DISPLAY": "", "MPLBACKEND": ""}
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+def test_plot_acc_loss_of_several_logs(tmp_path, monkeypatch):
+    """A log without an evaluation is left out; runs alike are told apart by their files."""
+    log = write_log(tmp_path / "LN.txt", "LN", [(100, 0.9, 0.1)])
+    logs = [log, shutil.copy(log, tmp_path / "again.txt")]
+    logs += [write_log(tmp_path / "BN.txt", "BN", [(100, 0.8, 0.2)])]
+    empty = write_log(tmp_path / "GN.txt", "GN")
+    drawn = []
 
+    def draw(curves):
+        drawn.extend(curves)
+        return comparison_figure(curves)
 
-def assert_one_clear_line(outcome, *words):
-    assert outcome.returncode == 2, outcome.stderr
-    assert outcome.stderr.count("\n") == 1 and outcome.stderr.startswith("plot_")
-    for word in words:
-        assert str(word) in outcome.stderr
-
-
-@pytest.fixture
-def write_log(tmp_path):
-    def write(norm_type, accuracy):
-        logger = RunLogger(tmp_path / f"{norm_type}.txt", tmp_path / "logs")
-        logger.warning("Process rank: -1")
-        logger.info(
-            f"Training parameters Namespace(dataset='digits', fp16=False, img_size=32, "
-            f"model_type='ViT-Ti_16', norm_type='{norm_type}', pretrained_dir=None)"
-        )
-        for i, value in enumerate(accuracy):
-            logger.log_evaluation(100 * (i + 1), 1 - value, value)
-        return logger.log_file
-
-    return write
-
-
-def test_plot_acc_loss_of_one_log(tmp_path, write_log):
-    outcome = run("plot_acc_loss.py", write_log("LN", [0.1, 0.5]), "--out_dir", tmp_path / "img")
-    figure = tmp_path / "img" / "LN_loss_acc.png"
-    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, f"{figure}\n", "")
-    assert is_drawn(figure) and [figure] == list((tmp_path / "img").iterdir())
-
-
-def test_plot_acc_loss_of_several_logs(tmp_path, write_log):
-    logs = [write_log("LN", [0.1, 0.5]), write_log("BN", [0.2, 0.6]), write_log("GN", [])]
-    outcome = run("plot_acc_loss.py", *logs, "--out_dir", tmp_path / "img")
+    monkeypatch.setattr(plot_acc_loss, "comparison_figure", draw)
+    done = call(plot_acc_loss.main, *logs, empty, "--out_dir", tmp_path / "img")
     figure = tmp_path / "img" / "comparison.png"
-    assert (outcome.returncode, outcome.stdout) == (0, f"{figure}\n")
-    assert outcome.stderr.count("\n") == 1 and str(logs[2]) in outcome.stderr
+    assert (done.returncode, done.stdout) == (0, f"{figure}\n")
+    assert done.stderr.count("\n") == 1 and str(empty) in done.stderr
+    assert [curve[0] for curve in drawn] == ["LN", "again", "digits ViT-Ti_16 BN"]
     assert is_drawn(figure)
 
 
-def test_runs_alike_are_told_apart_by_their_files(tmp_path, write_log, monkeypatch):
-    log = write_log("LN", [0.1])
-    logs = [log, shutil.copy(log, tmp_path / "again.txt"), write_log("BN", [0.2])]
-    drawn = []
-    monkeypatch.setattr(plot_acc_loss, "comparison_figure", drawn.extend)
-    monkeypatch.setattr(plot_acc_loss, "save_figure", lambda figure, path: path)
-    plot_acc_loss.plot_comparison(logs)
-    assert [curve[0] for curve in drawn] == ["LN", "again", "digits ViT-Ti_16 BN"]
-
-
-def test_plot_acc_loss_errors(tmp_path, write_log):
-    good, empty = write_log("LN", [0.1]), write_log("GN", [])
+def test_plot_acc_loss_errors(tmp_path):
+    good = write_log(tmp_path / "LN.txt", "LN", [(100, 0.9, 0.1)])
+    empty = write_log(tmp_path / "GN.txt", "GN")
     (tmp_path / "notes.txt").write_text("no log")
-    out = ("--out_dir", tmp_path / "img")
-    assert_one_clear_line(run("plot_acc_loss.py", empty, *out), empty, "no evaluation")
-    for bad in ("missing.txt", "notes.txt"):
-        assert_one_clear_line(run("plot_acc_loss.py", tmp_path / bad, *out), bad)
-        assert_one_clear_line(run("plot_acc_loss.py", good, tmp_path / bad, *out), bad)
-    outcome = run("plot_acc_loss.py", empty, empty, *out)
-    assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
-    assert_one_clear_line(run("plot_acc_loss.py", good, "--out_dir", good / "img"), good)
+
+    def fails(*args, out=tmp_path / "img"):
+        done = call(plot_acc_loss.main, *args, "--out_dir", out)
+        return refused(done, program="plot_acc_loss.py")
+
+    assert f"{empty} holds no evaluation" in fails(empty)
+    assert "no log holds an evaluation" in fails(empty, empty)
+    for bad in (tmp_path / "missing.txt", tmp_path / "notes.txt"):
+        assert str(bad) in fails(bad) and str(bad) in fails(good, bad)
+    assert str(good) in fails(good, out=good / "img")
     assert not (tmp_path / "img").exists()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint():
     flags = {"model_type": "ViT-Ti_16", "norm_type": "Rescale", "img_size": 32, "dataset": "digits"}
     model = VisionTransformer(CONFIGS["ViT-Ti_16"], 32, "Rescale", num_classes=10)
-    path = tmp_path_factory.mktemp("checkpoint") / "run.bin"
-    save_checkpoint({"model": model.state_dict(), "flags": flags}, path)
-    return path
+    return {"model": model.state_dict(), "flags": flags}
 
 
 def test_plot_attn_of_a_checkpoint(tmp_path, checkpoint):
-    outcome = run("plot_attn.py", checkpoint, "--image", 7, "--out_dir", tmp_path / "img")
-    assert outcome.returncode == 0 and outcome.stderr == ""
+    save_checkpoint(checkpoint, tmp_path / "run.bin")
+    args = ("--image", 7, "--out_dir", tmp_path / "img")
+    done = call(plot_attn.main, tmp_path / "run.bin", *args)
+    assert (done.returncode, done.stderr) == (0, "")
     names = [f"Rescale_layer_{i}.png" for i in (0, 3, 6, 9)] + ["Rescale_attention.png"]
     paths = [tmp_path / "img" / name for name in names]
-    assert outcome.stdout.splitlines() == [str(path) for path in paths]
+    assert done.stdout.splitlines() == [str(path) for path in paths]
     assert all(is_drawn(path) for path in paths)
 
 
-def test_plot_attn_errors(tmp_path, checkpoint):
-    out = ("--out_dir", tmp_path / "img")
-    assert_one_clear_line(run("plot_attn.py", tmp_path / "none.bin", *out), "none.bin")
-    assert_one_clear_line(run("plot_attn.py", checkpoint, "--image", 9999, *out), "--image 9999")
-    assert_one_clear_line(run("plot_attn.py", checkpoint, "--layers", 12, *out), "blocks 0 to 11")
-    bare = tmp_path / "bare.bin"
-    torch.save({"head.weight": torch.zeros(10, 192)}, bare)
-    assert_one_clear_line(run("plot_attn.py", bare, *out), bare, "flags")
+@pytest.mark.parametrize(
+    ("args", "flags", "words"),
+    [
+        (["--image", 9999], {}, ["--image 9999"]),
+        (["--layers", 12], {}, ["blocks 0 to 11"]),
+        ([], {"model_type": "ViT-X_1"}, ["run.bin", "model_type ViT-X_1"]),
+        ([], {"norm_type": "XN"}, ["run.bin", "norm_type XN"]),
+        ([], {"dataset": "mnist"}, ["run.bin", "dataset mnist"]),
+        ([], {"model_type": "ViT-S_16"}, ["run.bin", "do not fit"]),
+        ([], None, ["run.bin", "flags"]),
+    ],
+)
+def test_plot_attn_errors(tmp_path, checkpoint, args, flags, words):
+    content = checkpoint["model"]  # as the reference writes it
+    if flags is not None:
+        content = checkpoint | {"flags": checkpoint["flags"] | flags}
+    torch.save(content, tmp_path / "run.bin")
+    done = call(plot_attn.main, tmp_path / "run.bin", *args, "--out_dir", tmp_path / "img")
+    refused(done, *words, program="plot_attn.py")
     assert not (tmp_path / "img").exists()
+
+
+def test_plot_attn_of_a_missing_file(tmp_path):
+    done = call(plot_attn.main, tmp_path / "none.bin")
+    refused(done, tmp_path / "none.bin", "no such file", program="plot_attn.py")

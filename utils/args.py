@@ -18,6 +18,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        tells_nothing = action.default is None or action.default is False
+        return action.help if tells_nothing else super()._get_help_string(action)
+
+
 def _number(kind, low, high=math.inf, low_allowed=True):
     """An argparse type: int or float within [low, high], low itself only if allowed."""
     bound = f"{'from' if low_allowed else 'above'} {low:g}"
@@ -68,145 +74,70 @@ def build_parser():
         epilog="example: python3 train.py --name demo --dataset digits --model_type ViT-Ti_4"
         " --img_size 32 --norm_type Rescale --train_batch_size 64 --num_steps 300",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
+    yes = {"action": "store_true"}
 
     add = parser.add_argument_group("experiment").add_argument
-    add("--name", required=True, type=_name, help="name of the experiment; its files start with it")
-    add(
-        "--dataset",
-        default="cifar10",
-        choices=DATASETS,
-        help=f"one of {', '.join(DATASETS)}; digits needs no download",
-    )
-    add(
-        "--model_type",
-        default="ViT-B_16",
-        choices=CONFIGS,
-        help=f"one of {', '.join(CONFIGS)}; the number is the patch in pixels",
-    )
-    add(
-        "--norm_type",
-        default="LN",
-        choices=NORM_TYPES,
-        help=f"normalization, one of {', '.join(NORM_TYPES)} (Rescale: none)",
-    )
-    add(
-        "--pretrained_dir",
-        metavar="FILE",
-        type=_path,
-        help="weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)",
-    )
+    add("--name", required=True, type=_name, help="of the experiment; its files start with it")
+    add("--dataset", default="cifar10", choices=DATASETS, help="digits needs no download")
+    add("--model_type", default="ViT-B_16", choices=CONFIGS, help="size, and patch in pixels")
+    add("--norm_type", default="LN", choices=NORM_TYPES, help="normalization; Rescale: none")
+    text = "weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)"
+    add("--pretrained_dir", metavar="FILE", type=_path, help=text)
     add("--img_size", default=224, type=_number(int, 1, 4096), help="side of the input, pixels")
     add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
-    add("--deterministic", action="store_true", help="only deterministic algorithms (slower)")
+    add("--deterministic", **yes, help="only deterministic algorithms (slower)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", default=128, type=count, help="images per optimizer step, process")
-    add(
-        "--gradient_accumulation_steps",
-        default=1,
-        type=count,
-        help="batches that an optimizer step's images are split into",
-    )
+    text = "batches that an optimizer step's images are split into"
+    add("--gradient_accumulation_steps", default=1, type=count, help=text)
     add("--num_steps", default=20000, type=count, help="optimizer steps")
-    add(
-        "--learning_rate",
-        default=0.05,
-        type=_number(float, 0),
-        help="peak learning rate of SGD, momentum 0.9",
-    )
+    text = "peak learning rate of SGD, momentum 0.9"
+    add("--learning_rate", default=0.05, type=_number(float, 0), help=text)
     add("--weight_decay", default=0.0, type=_number(float, 0), help="L2 penalty")
     add("--warmup_steps", default=500, type=any_count, help="linear warmup, optimizer steps")
-    add(
-        "--decay_type",
-        default="cosine",
-        choices=SCHEDULES,
-        help="cosine or linear, to 0 at num_steps",
-    )
-    add(
-        "--max_grad_norm",
-        default=1.0,
-        type=_number(float, 0, low_allowed=False),
-        help="global norm that gradients are clipped to",
-    )
+    add("--decay_type", default="cosine", choices=SCHEDULES, help="decay to 0 at num_steps")
+    above_0 = _number(float, 0, low_allowed=False)
+    text = "global norm that gradients are clipped to"
+    add("--max_grad_norm", default=1.0, type=above_0, help=text)
 
     add = parser.add_argument_group("precision and speed").add_argument
-    add("--fp16", action="store_true", help="half precision, at the level of --fp16_opt_level")
-    add(
-        "--fp16_opt_level",
-        default="O2",
-        choices=LEVELS,
-        help="O0 fp32, O1 autocast, O2 half weights with fp32 masters, O3 all half",
-    )
-    add(
-        "--loss_scale",
-        default=0.0,
-        type=_number(float, 0, 2.0**24),
-        help="of O1 and O2, 0: dynamic (fp16) or none (bf16); else a static scale",
-    )
-    add(
-        "--half_dtype",
-        default="auto",
-        choices=("auto", *HALF_DTYPES),
-        help="auto: fp16 on CUDA, bf16 on a processor with bf16 units, else fp32",
-    )
-    add(
-        "--amp_backend",
-        default="native",
-        choices=("native", "apex"),
-        help="apex needs an installed apex that still has apex.amp",
-    )
-    add(
-        "--cpu_kernels",
-        default="auto",
-        choices=("auto", "plain"),
-        help="auto: what is faster on this processor; plain: PyTorch's own layers",
-    )
-    add("--compile", action="store_true", help="compile the model with torch.compile")
-    add(
-        "--grad_checkpointing",
-        action="store_true",
-        help="less memory, a third more time: compute each block again for its gradients",
-    )
+    add("--fp16", **yes, help="half precision, at the level of --fp16_opt_level")
+    text = "O0 fp32, O1 autocast, O2 half weights with fp32 masters, O3 all half"
+    add("--fp16_opt_level", default="O2", choices=LEVELS, help=text)
+    text = "of O1 and O2, 0: dynamic (fp16) or none (bf16); else a static scale"
+    add("--loss_scale", default=0.0, type=_number(float, 0, 2.0**24), help=text)
+    text = "auto: fp16 on CUDA, bf16 on a processor with bf16 units, else fp32"
+    add("--half_dtype", default="auto", choices=("auto", *HALF_DTYPES), help=text)
+    text = "apex needs an installed apex that still has apex.amp"
+    add("--amp_backend", default="native", choices=("native", "apex"), help=text)
+    text = "auto: what is faster on this processor; plain: PyTorch's own layers"
+    add("--cpu_kernels", default="auto", choices=("auto", "plain"), help=text)
+    add("--compile", **yes, help="compile the model with torch.compile")
+    text = "less memory, a third more time: compute each block again for its gradients"
+    add("--grad_checkpointing", **yes, help=text)
 
     add = parser.add_argument_group("evaluation and files").add_argument
     add("--eval_every", default=100, type=count, help="optimizer steps between evaluations")
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
-    add("--eval", action="store_true", help="evaluate the run's best checkpoint, draw its figures")
+    add("--eval", **yes, help="evaluate the run's best checkpoint, draw its figures")
     add("--output_dir", default="output", type=_path, help="where result logs and checkpoints go")
     add("--data_dir", default="data", type=_path, help="where CIFAR is, or is downloaded to")
     add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
-    add(
-        "--save_every",
-        type=count,
-        help="optimizer steps between checkpoints; if not given, --eval_every",
-    )
-    add(
-        "--stop_after",
-        type=count,
-        help="stop, with a checkpoint, after this optimizer step; the schedule stays that of"
-        " num_steps",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="FILE",
-        type=_path,
-        help="continue the run from its newest good checkpoint, or FILE; from the start if none",
-    )
-    add("--overwrite", action="store_true", help="start anew though the run's files exist")
+    text = "optimizer steps between checkpoints; if not given, --eval_every"
+    add("--save_every", type=count, help=text)
+    text = "stop, with a checkpoint, after this step; the schedule stays that of num_steps"
+    add("--stop_after", type=count, help=text)
+    text = "continue the run from its newest good checkpoint, or FILE; from the start if none"
+    add("--resume", nargs="?", const="auto", metavar="FILE", type=_path, help=text)
+    add("--overwrite", **yes, help="start anew though the run's files exist")
 
     add = parser.add_argument_group("processes").add_argument
     add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
-    add(
-        "--local_rank",
-        "--local-rank",
-        default=-1,
-        type=int,
-        help="from old launchers; torchrun's environment wins",
-    )
+    text = "from old launchers; torchrun's environment wins"
+    add("--local_rank", "--local-rank", default=-1, type=int, help=text)
     parser.set_defaults(processes=1)  # no flag, but it decides results like one
     return parser
 

@@ -3,7 +3,7 @@
 import os
 import pickle
 import zipfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -26,11 +26,7 @@ def save_checkpoint(content, path):
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            writer = _Writer(file)
-            try:
-                torch.save(content, writer)
-            except RuntimeError:
-                raise writer.error from None
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -39,26 +35,12 @@ def save_checkpoint(content, path):
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        error.filename = error.filename or str(path)
-        raise
-
-
-class _Writer:
-    """A file that remembers its OSError, which torch.save hides behind one of its own."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-        self.flush = file.flush
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        error = error.__context__ or error  # torch.save hides the OSError behind one of its own
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise error from None
 
 
 def load_checkpoint(path):
@@ -92,9 +74,9 @@ def load_weights(model, state_dict, path):
     """Load `state_dict`, of the file `path`, into `model`; UserError names what does not fit."""
     ours = model.state_dict()
     for key in [*ours, *state_dict]:
-        want, got = ours.get(key), state_dict.get(key)
-        if want is None or got is None or want.shape != got.shape:
-            shapes = [t if t is None else tuple(t.shape) for t in (got, want)]
+        want, got = (getattr(state.get(key), "shape", None) for state in (ours, state_dict))
+        if want is None or got is None or want != got:
+            shapes = [shape if shape is None else tuple(shape) for shape in (got, want)]
             raise UserError(
                 f"{path}: its weights do not fit the model: {key} is {shapes[0]}, the model's is"
                 f" {shapes[1]}".replace("None", "missing")

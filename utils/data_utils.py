@@ -119,9 +119,9 @@ class Resizer:
         self.size, self.dtype = size, dtype
         start, length = torch.triu_indices(SIDE, SIDE)
         length = length - start + 1
-        self.row_of = torch.zeros(SIDE, SIDE + 1, dtype=torch.long)
-        self.row_of[start, length] = torch.arange(len(start))
-        self.row_of = self.row_of.to(device)
+        self.matrix_index = torch.zeros(SIDE, SIDE + 1, dtype=torch.long)
+        self.matrix_index[start, length] = torch.arange(len(start))
+        self.matrix_index = self.matrix_index.to(device)
         self.whole = torch.tensor([[0, 0, SIDE, SIDE]], device=device)
         start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
         step = length / size  # input pixels per output pixel
@@ -146,7 +146,7 @@ class Resizer:
         if boxes is None:
             boxes = self.whole.expand(B, -1)
         top, left, height, width = boxes.unbind(1)
-        vertical, horizontal = self.row_of[top, height], self.row_of[left, width]
+        vertical, horizontal = self.matrix_index[top, height], self.matrix_index[left, width]
         x = torch.bmm(x, self.weights[horizontal].transpose(1, 2))  # (B, 32 * 3, size)
         image = torch.arange(B, device=images.device).view(-1, 1, 1)
         x = F.embedding_bag(
@@ -208,14 +208,14 @@ class TrainBatches:
 
 
 class TestBatches:
-    """Iterates over this process's share of the test images, each image once in all."""
+    """Iterates over this process's part of the test images; all processes see each image once."""
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
     def __init__(self, dataset, batch_size, resizer, device, rank=0, world_size=1):
-        share = torch.arange(len(dataset.test_labels)).tensor_split(world_size)[rank]
-        self.images = to_rows(dataset.test_images[share]).to(device)
-        self.labels = dataset.test_labels[share].to(device)
+        part = torch.arange(len(dataset.test_labels)).tensor_split(world_size)[rank]
+        self.images = to_rows(dataset.test_images[part]).to(device)
+        self.labels = dataset.test_labels[part].to(device)
         self.batch_size, self.resizer = batch_size, resizer
 
     def __len__(self):

@@ -1,8 +1,8 @@
 """Errors that end a program with one line instead of a traceback."""
 
 import functools
+import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -24,7 +24,6 @@ def reported(main):
     @functools.wraps(main)
     def run():
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
         try:
             return main()
         except KeyboardInterrupt:
@@ -32,7 +31,7 @@ def reported(main):
         except (UserError, DivergedError) as error:
             line, status = error, 1 if isinstance(error, DivergedError) else 2
         except OSError as error:
-            line = f"{error.filename}: {error.strerror}" if error.filename else error
+            line = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error
             status = 2
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):

@@ -13,16 +13,13 @@ from pathlib import Path
 from utils.errors import UserError
 
 LINE = re.compile(r"^\d\d/\d\d/\d{4} \d\d:\d\d:\d\d - [A-Z]+ - \S+ - (.*)$", re.M)
-FILE_NAME = re.compile(
-    r"(?P<dataset>[^_]+)_(?P<model_type>.+)_norm_(?P<norm_type>.+)"
-    r"_fp_(?P<fp16>True|False)_img_(?P<img_size>\d+)_pretrain_(?P<pretrained>[TF])"
-)
 # These match messages, freed of their prefixes. A number must have all its decimals, so that a
 # half-written one does not count.
 RUN = re.compile(r"^(?:Process rank:|Training parameters|Global Steps:)", re.M)
 EVALUATION = re.compile(
     r"^Global Steps: (\d+)\nValid Loss: (nan|-?inf|\d+\.\d{5})\nValid Accuracy: (\d\.\d{5})$", re.M
 )
+NEEDED = {"dataset", "model_type", "norm_type", "fp16", "img_size", "pretrained_dir"}  # flags
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,8 @@ class RunLog:
 def read_log(path) -> RunLog:
     """Reads a result log, ours or the reference's, as far as it goes.
 
-    Of several runs in one file it takes the last that holds evaluations, else the last. What the
-    logged flags lack is taken from the file's name. Raises UserError if `path` is no result log,
-    OSError if it cannot be read.
+    Of several runs in one file it takes the last that holds evaluations, else the last. Raises
+    UserError if `path` is no result log, OSError if it cannot be read.
     """
     path = Path(path)
     text = messages(path.read_text(encoding="utf-8", errors="replace"))
@@ -69,29 +65,21 @@ def read_log(path) -> RunLog:
         return found and found[1]
 
     flags = _parse_flags(find(r"^Training parameters Namespace\((.*)$") or "")
-    known = _parse_file_name(path.name) | flags
-    missing = {
-        "dataset",
-        "model_type",
-        "norm_type",
-        "fp16",
-        "img_size",
-        "pretrained_dir",
-    } - known.keys()
+    missing = NEEDED - flags.keys()
     if missing:
-        raise UserError(f"{path}: neither its flags nor its name tell {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is no result log: its flags lack {', '.join(sorted(missing))}")
     evaluations = EVALUATION.findall(run)
     accuracy = [float(accuracy) for _, _, accuracy in evaluations]
     best_accuracy = find(r"^Best Accuracy: \t(\d\.\d{6})$")
     minutes = find(r"^last (\d+\.\d) min$")
     return RunLog(
         path=path,
-        dataset=known["dataset"],
-        model_type=known["model_type"],
-        norm_type=known["norm_type"],
-        fp16=known["fp16"],
-        img_size=known["img_size"],
-        pretrained=bool(known["pretrained_dir"]),
+        dataset=flags["dataset"],
+        model_type=flags["model_type"],
+        norm_type=flags["norm_type"],
+        fp16=flags["fp16"],
+        img_size=flags["img_size"],
+        pretrained=bool(flags["pretrained_dir"]),
         name=flags.get("name"),
         flags=flags,
         steps=[int(step) for step, _, _ in evaluations],
@@ -118,13 +106,10 @@ def messages(text: str) -> str:
 
 
 def _parse_flags(arguments: str) -> dict:
-    """The flags in `name='a', seed=42, ...)`; where the line was cut, those before the cut."""
-    for source in (arguments, arguments.rpartition(", ")[0] + ")"):
-        with suppress(SyntaxError, ValueError):
-            return {
-                keyword.arg: _literal(keyword.value)
-                for keyword in ast.parse(f"Namespace({source}", mode="eval").body.keywords
-            }
+    """The flags in `name='a', seed=42, ...)`; none where the line was cut."""
+    with suppress(SyntaxError, ValueError):
+        call = ast.parse(f"Namespace({arguments}", mode="eval").body
+        return {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
     return {}
 
 
@@ -133,17 +118,3 @@ def _literal(node: ast.expr):
         return ast.literal_eval(node)
     except ValueError:
         return ast.unparse(node)
-
-
-def _parse_file_name(name: str) -> dict:
-    """The flags that a log's name tells, none if the name is another."""
-    match = FILE_NAME.match(name)
-    if not match:
-        return {}
-    flags = match.groupdict()
-    pretrained_dir = "unknown" if flags.pop("pretrained") == "T" else None
-    return flags | {
-        "fp16": flags["fp16"] == "True",
-        "img_size": int(flags["img_size"]),
-        "pretrained_dir": pretrained_dir,
-    }

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from utils import dist_util
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = ("O0", "O1", "O2", "O3")
-PARAMETERS_AT_ONCE = 12  # a block's: no more fp32 gradients than these exist during a step
 INITIAL_SCALE, MAX_SCALE, CLEAN_STEPS = 2.0**16, 2.0**24, 2000
 
 
@@ -39,8 +39,8 @@ class Precision:
     """Owns loss scale, overflow, masters, clipping and the optimizer step.
 
     Everything about a step stays on the device; only `read()` waits for it. A step with a
-    non-finite loss or gradient changes nothing but the loss scale. Where nothing is scaled it is a
-    failure, and no later step changes the weights either.
+    non-finite loss or gradient changes no weight, only the loss scale. Where nothing is scaled it
+    is a failure, and no later step changes the weights either.
     """
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
@@ -67,18 +67,20 @@ class Precision:
         }
         self.loss = torch.zeros((), device=self.device)
         self.records = []
-        # A step that is skipped must not move the norms' statistics.
+        # Statistics move in skipped steps too, as with apex, but must stay finite.
         self.statistics = [b for b in model.buffers() if b.is_floating_point() and self.scaled]
         self.saved_statistics = [buffer.clone() for buffer in self.statistics]
 
     def _cast_weights(self):
         kept = set()
         for module in self.model.modules():
-            if getattr(module, "keeps_fp32", False):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 if self.level == "O2":
                     kept.update(module.parameters())
                 else:
                     module.to(self.half)  # its statistics too
+            elif isinstance(module, ParametrizationList):
+                module.to(self.half)  # the buffers, too, that the weight is computed from
         for p in self.model.parameters():
             if p not in kept:
                 p.data = p.data.to(self.half)
@@ -98,23 +100,17 @@ class Precision:
         loss = loss / parts
         self.loss += loss.detach()
         (loss * self.state["scale"] if self.scaled else loss).backward()
-        if parts > 1:  # added up in fp32
-            for weight, master in zip(self.weights, self.masters):
-                if master is not weight:
-                    grad, weight.grad = weight.grad, None
-                    master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight and weight.grad is not None:  # added up in fp32
+                grad, weight.grad = weight.grad.float(), None
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     @torch.no_grad()
     def clip(self, max_norm):
-        """Have `update` clip the global norm of the unscaled gradients to `max_norm`."""
-        pairs = zip(self.weights, self.masters)
-        self.grads = [
-            weight.grad if master.grad is None else master.grad for weight, master in pairs
-        ]
-        # get_total_norm would round each norm to its gradient's type.
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in self.grads]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms)) / self.state["scale"]
-        self.max_norm = max_norm
+        """Clip the global norm of the unscaled gradients to `max_norm`."""
+        grads = [m.grad.float() for m in self.masters if m.grad is not None]  # at O3 they are half
+        self.grad_norm = nn.utils.get_total_norm(grads) / self.state["scale"]
+        nn.utils.clip_grads_with_norm_(self.masters, max_norm, self.grad_norm)
 
     @torch.no_grad()
     def update(self, learning_rate):
@@ -124,30 +120,20 @@ class Precision:
         self._record(finite, scale, learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # PyTorch's fused optimizers unscale and skip by themselves, as its GradScaler has them do.
-        skips_by_itself = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        if skips_by_itself:
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # PyTorch's fused optimizers unscale and skip by themselves, as for its GradScaler.
             self.optimizer.grad_scale = scale if self.scaled else None
             self.optimizer.found_inf = 1 - finite.float()
-        takes_step = skips_by_itself or bool(finite)  # other optimizers make it wait here
-
-        grads, self.grads = self.grads, None
-        self.optimizer.zero_grad()
-        pairs = list(zip(self.weights, self.masters))
-        for start in range(0, len(pairs), PARAMETERS_AT_ONCE):
-            some = pairs[start : start + PARAMETERS_AT_ONCE]
-            for i, (weight, master) in enumerate(some, start):
-                weight.grad = None
-                master.grad, grads[i] = grads[i].to(master.dtype), None
-                if not skips_by_itself:
+            self.optimizer.step()
+        elif finite:  # others make it wait for the device here
+            for master in self.masters:
+                if master.grad is not None:
                     master.grad /= scale
-            nn.utils.clip_grads_with_norm_([m for _, m in some], self.max_norm, self.grad_norm)
-            if takes_step:
-                self.optimizer.step()  # of those that have a gradient
-            for weight, master in some:
-                if master is not weight:
-                    weight.copy_(master)
-                master.grad = None
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.copy_(master)
         self._adjust_scale(finite)
 
     def _is_finite(self):
@@ -158,7 +144,7 @@ class Precision:
             finite = finite.logical_and_(~self.state["failed"])
             self.state["failed"].logical_or_(~finite)
         for buffer, saved in zip(self.statistics, self.saved_statistics):
-            buffer.copy_(torch.where(finite, buffer, saved))
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, saved))
             saved.copy_(buffer)
         return finite
 

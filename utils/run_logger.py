@@ -51,10 +51,7 @@ class RunLogger:
         self._write("WARNING", message)
 
     def log_head(self, args, config, model, device, world_size, machine: str) -> None:
-        """Logs what the run is: processes, model config, flags, parameters, versions, commit.
-
-        machine: what was chosen for the machine it runs on.
-        """
+        """Logs what the run is, and what was chosen for the `machine` that it runs on."""
         self.warning(
             f"Process rank: {args.local_rank}, device: {device}, n_gpu: {world_size}, distributed"
             f" training: {world_size > 1}, 16-bits training: {args.fp16}"
@@ -66,15 +63,14 @@ class RunLogger:
         self.info(f"Total Parameter: \t{parameters / 1e6:.1f}M")
         self.info(f"Environment: {_environment()}")
         self.info(f"Chosen for this machine: {machine}")
-        micro_batch = args.train_batch_size // args.gradient_accumulation_steps
+        parts = args.gradient_accumulation_steps
+        batch = args.train_batch_size
         self.info("***** Running training *****")
         self.info(f"  Total optimization steps = {args.num_steps}")
-        self.info(f"  Instantaneous batch size per GPU = {micro_batch}")
-        self.info(
-            "  Total train batch size (w. parallel, distributed & accumulation) ="
-            f" {args.train_batch_size * world_size}"
-        )
-        self.info(f"  Gradient Accumulation steps = {args.gradient_accumulation_steps}")
+        self.info(f"  Instantaneous batch size per GPU = {batch // parts}")
+        text = "Total train batch size (w. parallel, distributed & accumulation)"
+        self.info(f"  {text} = {batch * world_size}")
+        self.info(f"  Gradient Accumulation steps = {parts}")
 
     def log_resumed(self, step: int) -> None:
         self.info(f"Resumed from step {step}: {_environment()}")
@@ -83,15 +79,10 @@ class RunLogger:
         """Logs the StepRecords of the steps up to `step`; a skipped one has no loss to plot."""
         for number, record in enumerate(records, step - len(records) + 1):
             if record.finite:
-                self._add_scalars(
-                    number,
-                    {
-                        "train/loss": record.loss,
-                        "train/lr": record.learning_rate,
-                        "train/grad_norm": record.grad_norm,
-                        "train/loss_scale": record.loss_scale,
-                    },
-                )
+                self._add_scalars(number, {"train/loss": record.loss})
+                self._add_scalars(number, {"train/lr": record.learning_rate})
+                self._add_scalars(number, {"train/grad_norm": record.grad_norm})
+                self._add_scalars(number, {"train/loss_scale": record.loss_scale})
             else:
                 self.info(f"Skipped: {fault(number, record)}, loss scale {record.loss_scale:g}")
         self.scalars(step, {"train/images_per_s": images_per_s})
