@@ -63,21 +63,19 @@ GROWTH = {
 }
 
 # The pairs of each kind of row, ours second: a method and whose it is. {half}: of the level.
-TIMM, TORCHVISION = ("timm", "timm autocast"), ("torchvision", "torchvision autocast")
+TIMM = ("timm", "timm autocast")
+PEERS = (*TIMM, "torchvision", "torchvision autocast")
+PRODUCT = "product LN{half}"
 PAIRS = {
     "input": [("input PIL", "input LN{half}")],
     "overhead": [(f"{part} LN{{half}}", "step LN{half}") for part in ("one_batch", "logging")],
     "startup": [("import_torch LN", "start_training LN")],
-    "step": [
-        ("product LN{half}", "step LN{half}"),
-        *((f"step {peer}", "step LN{half}") for peer in TIMM + TORCHVISION),
-    ],
+    "step": [(other, "step LN{half}") for other in (PRODUCT, *(f"step {p}" for p in PEERS))],
     "fp16": [("step LN", "step LN --fp16")],
     "norms": [(f"step {name}{{half}}", "step LN{half}") for name in NORM_TYPES if name != "LN"],
     "evaluation": [
-        ("product LN{half}", "evaluation LN{half}"),
-        ("evaluation timm", "evaluation LN{half}"),
-        ("evaluation timm half", "evaluation LN{half}"),
+        (other, "evaluation LN{half}")
+        for other in (PRODUCT, "evaluation timm", "evaluation timm half")
     ],
     "program": [(f"program {peer} PIL", "program LN{half}") for peer in TIMM],
     "memory": [("step LN{half}", "step LN{half} --grad_checkpointing")],
@@ -382,15 +380,14 @@ class Peer(Contestant):
         super().__init__(args, model_type)
         config = CONFIGS[model_type]
         depth, width = config.transformer.num_layers, config.hidden_size
-        sizes = {"patch_size": config.patches.size[0], "num_heads": config.transformer.num_heads}
+        same = {"patch_size": config.patches.size[0], "num_heads": config.transformer.num_heads}
+        same["num_classes"] = CLASSES
         if "torchvision" in name:
-            sizes |= {"image_size": self.side, "num_layers": depth, "hidden_dim": width}
-            sizes |= {"mlp_dim": 4 * width, "dropout": 0.1}
-            model = torchvision.models.VisionTransformer(**sizes, num_classes=CLASSES)
+            same |= {"image_size": self.side, "num_layers": depth, "hidden_dim": width}
+            model = torchvision.models.VisionTransformer(**same, mlp_dim=4 * width, dropout=0.1)
         else:
-            sizes |= {"img_size": self.side, "depth": depth, "embed_dim": width}
-            sizes |= {"pos_drop_rate": 0.1, "proj_drop_rate": 0.1}
-            model = timm.models.VisionTransformer(**sizes, num_classes=CLASSES)
+            same |= {"img_size": self.side, "depth": depth, "embed_dim": width}
+            model = timm.models.VisionTransformer(**same, pos_drop_rate=0.1, proj_drop_rate=0.1)
         self.dtype = self.half if "half" in name else torch.float32
         self.model = model.to(self.device, self.dtype)
         self.forward = torch.compile(self.model) if "compiled" in name else self.model

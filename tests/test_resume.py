@@ -115,6 +115,7 @@ def test_killed_before_the_first_checkpoint(forks, reference, tmp_path):
         ("--norm_type BN --fp16_opt_level O1", [2.0**16] * 4 + [2.0**15] * 3 + [2.0**14] * 7),
         ("--norm_type Rescale --fp16_opt_level O2 --loss_scale 512", [512.0] * 14),
     ],
+    ids=["dynamic", "static"],
 )
 def test_loss_scale_and_skipped_steps(forks, reference, tmp_path, flags, scales):
     """fp16, killed after skipped steps, before and after the checkpoint that counts them."""
@@ -136,22 +137,22 @@ def test_loss_scale_and_skipped_steps(forks, reference, tmp_path, flags, scales)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("norm_type", ["BN", "Rescale"])
-def test_compiled(forks, reference, tmp_path, norm_type):
-    """Killed after an epoch's short last batch, and stopped in an evaluation.
-
-    The order in which shapes are compiled then differs from that of the run never interrupted.
-    """
+@pytest.mark.parametrize(
+    "norm_type, interrupt, status",
+    [
+        ("BN", IN_STEP.format(10), KILLED),  # after an epoch's short last batch
+        ("Rescale", STOPPED_IN_EVALUATION.replace("2,", "6,"), 143),  # the third, of step 12
+    ],
+    ids=["BN", "Rescale"],
+)
+def test_compiled(forks, reference, tmp_path, norm_type, interrupt, status):
+    """The order in which shapes are compiled differs from that of the run never interrupted."""
     flags = f"--norm_type {norm_type} --fp16 --eval_batch_size 180 --compile"
     one_block = "shrink(1)\n"
     args = RESUME + flags.split()
-    whole = reference(flags, one_block)
-    setup = one_block + IN_STEP.format(10)
-    assert forks.run(args, tmp_path, setup, check=False).returncode == KILLED
-    setup = one_block + STOPPED_IN_EVALUATION
-    assert forks.run(args, tmp_path, setup, check=False).returncode == 143
+    assert forks.run(args, tmp_path, one_block + interrupt, check=False).returncode == status
     forks.run(args, tmp_path, one_block)
-    assert_same(tmp_path, whole)
+    assert_same(tmp_path, reference(flags, one_block))
 
 
 def test_curves_of_a_slow_log_disk(forks, reference, tmp_path):
@@ -232,11 +233,8 @@ def test_saves_with_each_evaluation_by_default(forks, tmp_path):
     assert steps(tmp_path) == [6, 12]
 
 
-def test_existing_run_is_not_overwritten_unasked(forks, tmp_path):
+def test_overwrite_starts_anew(forks, tmp_path):
     forks.run([*RUN, "--stop_after", "3"], tmp_path)
-    done = forks.run(RUN, tmp_path, check=False)
-    refused(done, "--resume continues it, --overwrite starts anew")
-    assert done.output.count("\n") == 1
     forks.run([*RUN, "--stop_after", "2", "--overwrite"], tmp_path)
     assert steps(tmp_path) == [2]
 
@@ -274,9 +272,9 @@ def test_num_steps_may_grow_during_the_warmup(forks, reference, tmp_path):
 
     forks.run([*short, "--resume", "--stop_after", "6"], tmp_path)  # one step beyond the warmup
     (file,) = tmp_path.glob("output/*_step_6.bin")
-    for steps in ("16", "9"):
-        done = forks.run([*short, "--num_steps", steps, "--resume", file], tmp_path, check=False)
-        refused(done, f"--num_steps {steps} (there 10)")
+    for number in ("16", "9"):
+        done = forks.run([*short, "--num_steps", number, "--resume", file], tmp_path, check=False)
+        refused(done, f"--num_steps {number} (there 10)")
 
 
 # Without resuming

@@ -14,8 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import DATA, ROOT, TINY, call, environment, events, needs_cifar10, refused, run
-from programs import scalars, write_log
+from programs import (
+    DATA,
+    ROOT,
+    TINY,
+    call,
+    environment,
+    events,
+    needs_cifar10,
+    refused,
+    run,
+    scalars,
+    write_log,
+)
 from small import small_model
 
 import plot_acc_loss
@@ -25,6 +36,7 @@ from utils import dist_util, run_logger
 from utils.args import build_parser, parse_args
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.errors import UserError, reported
+from utils.evaluation import evaluate_run
 from utils.log_reader import read_log
 from utils.run_files import RunFiles, result_flags
 
@@ -260,13 +272,17 @@ def test_flags_without_effect_on_results_may_change(forks, tmp_path):
 
 
 def test_plain_cpu_kernels(forks, tmp_path):
-    args = [*TINY, "--cpu_kernels", "plain"]
-    done = forks.run(args, tmp_path)
+    """They give the same losses but for rounding, where no dropout draws other numbers."""
+    losses = []
+    for kernels in ("auto", "plain"):
+        folder, args = tmp_path / kernels, [*TINY, "--cpu_kernels", kernels]
+        folder.mkdir()
+        done = forks.run(args, folder, NO_DROPOUT)
+        losses.append(np.array(scalars(next(folder.glob("logs/tiny_*")))["train/loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert "Chosen for this machine: O0 in float32, PyTorch's layers\n" in done.output
-    log = log_of(tmp_path)
-    assert log.finished
-    evaluated = forks.run([*args, "--eval"], tmp_path).output
-    assert f"Valid Accuracy: {log.best_accuracy:.5f}\n" in evaluated
+    evaluated = forks.run([*args, "--eval"], folder).output
+    assert f"Valid Accuracy: {log_of(folder).best_accuracy:.5f}\n" in evaluated
 
 
 # A whole run by the real command, and what it leaves
@@ -344,13 +360,14 @@ def test_plots_by_themselves(finished, tmp_path, monkeypatch):
 def test_existing_run_is_not_overwritten(forks, finished, tmp_path):
     """A log alone is one too: in a clone of this repository logs come without their weights."""
     folder, log = finished[0], log_of(finished[0]).path
-    alone = Path(shutil.copy(log, tmp_path))
-    for output_dir in (folder / "output", tmp_path):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(log, tmp_path / "alone")
+    for output_dir in (folder / "output", tmp_path / "alone"):
         files = {path: path.read_bytes() for path in output_dir.glob("*.*")}
         done = forks.run([*LEARN, "--output_dir", output_dir], tmp_path, check=False)
-        refused(done, output_dir, "--resume", "--overwrite")
+        refused(done, output_dir, "--resume continues it, --overwrite starts anew")
         assert files == {path: path.read_bytes() for path in files}
-    assert alone.name in done.output
+    assert log.name in done.output
 
 
 def test_on_a_processor_without_bf16_units(finished, tmp_path):
@@ -403,26 +420,29 @@ def test_two_processes_train_as_one_twice_as_large(forks, tmp_path):
         assert two == pytest.approx(one, rel=1e-4), tag
 
 
-def test_torchrun_and_eval_in_one_process(tmp_path):
+def test_torchrun_and_eval_in_one_process(tmp_path, monkeypatch, capsys):
     """BatchNorm's statistics differ between processes: evaluated are those that are saved."""
-    args = [*TINY, *"--norm_type BN --train_batch_size 8 --num_steps 8 --eval_every 4".split()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    torchrun += ["--master_port", "29517", str(ROOT / "train.py")]
+    flags = [*TINY, *"--norm_type BN --train_batch_size 8 --num_steps 8 --eval_every 4".split()]
+    torchrun = "torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run(
-        [*torchrun, *args],
+        [sys.executable, "-m", *torchrun, str(ROOT / "train.py"), *flags],
         cwd=tmp_path,
+        env=environment(),
+        timeout=300,
         capture_output=True,
         text=True,
-        timeout=300,
-        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     log = log_of(tmp_path)
     assert log.finished and log.flags["processes"] == 2
+    monkeypatch.chdir(tmp_path)
+    args = parse_args(flags)
+    args.processes = 2  # its files' names tell of them
+    evaluate_run(args, RunFiles(args), torch.device("cpu"), "O0", None)
     best = log.accuracy.index(max(log.accuracy))
-    evaluated = run([*args, "--eval"], tmp_path, env={"OMP_NUM_THREADS": "1"}).stdout
-    assert f"Valid Accuracy: {log.accuracy[best]:.5f}" in evaluated
-    assert f"Valid Loss: {log.loss[best]:.4f}" in evaluated
+    printed = re.findall(r"Valid \w+: (\S+)", capsys.readouterr().out)
+    expected = [log.loss[best], log.accuracy[best]]
+    assert [float(number) for number in printed] == pytest.approx(expected, abs=2e-5)
 
 
 def test_an_error_in_the_main_process_leaves_no_other_waiting(forks, traps):
