@@ -53,8 +53,8 @@ CLASSES = 10
 UNCOUNTED = 3  # runs before those that count: page faults distort the first ones
 FORCING = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
-CONFIGS |= {f"depth-{n}": vit_config(32, 768, n, 12, 3072) for n in (3, 6, 12, 24)}
-CONFIGS |= {f"width-{d}": vit_config(32, d, 12, d // 64, 4 * d) for d in (192, 384, 768, 1024)}
+SIZES = {f"depth-{n}": vit_config(32, 768, n, 12, 3072) for n in (3, 6, 12, 24)}
+SIZES |= {f"width-{d}": vit_config(32, d, 12, d // 64, 4 * d) for d in (192, 384, 768, 1024)}
 GROWTH = {
     "--img_size ": (32, 96, 160, 224, 288, 384),
     "--model_type depth-": (3, 6, 12, 24),
@@ -148,6 +148,7 @@ contestant = {}  # in a contestant's process: what it runs, and the memory befor
 
 
 def prepare(*which):
+    CONFIGS.update(SIZES)
     contestant["memory"] = highest_memory()
     contestant["run"] = make(*which)
 
@@ -185,6 +186,7 @@ def linear_flops(x_shape, weight_shape, *_, **__):
 
 
 def compare(args, kind, model_type, other, ours):
+    """The row of one pair; `seconds` and `GiB` (peak memory, beyond imports) are ours."""
     spawning = get_context("spawn")
     theirs, mine = (
         ProcessPoolExecutor(1, spawning, prepare, (args, model_type, name))

@@ -82,8 +82,8 @@ class Rescale(Block):
     def forward(self, x, tokens=ALL):
         # Reference: neither the attention branch nor its identity is scaled.
         x = x[:, tokens] + self.attn(self.addbias(x), tokens)
-        x = self.identity * x + (self.branch * self._scale) * self.ffn(self.ffn_addbias(x))
-        return x
+        branch = self.ffn(self.ffn_addbias(x))
+        return torch.addcmul(self.identity * x, self.branch * self._scale, branch)  # a + b * c
 
 
 class LayerNorm(nn.LayerNorm):
@@ -118,7 +118,9 @@ class GroupNorm(nn.Module):
         self.layer = nn.GroupNorm(groups, dim, eps=EPS)
 
     def forward(self, x):
-        return self.layer(x.transpose(1, 2)).transpose(1, 2)
+        # Tokens with their channels together are what PyTorch calls channels-last, if seen as
+        # (B, D, N, 1): read and written as they lie.
+        return self.layer(x.mT.unsqueeze(-1)).squeeze(-1).mT
 
 
 class AddBias(nn.Module):

@@ -108,9 +108,10 @@ class Precision:
     @torch.no_grad()
     def clip(self, max_norm):
         """Clip the global norm of the unscaled gradients to `max_norm`."""
-        grads = [m.grad.float() for m in self.masters if m.grad is not None]  # at O3 they are half
+        masters = [master for master in self.masters if master.grad is not None]
+        grads = [master.grad.float() for master in masters]  # at O3 they are half
         self.grad_norm = nn.utils.get_total_norm(grads) / self.state["scale"]
-        nn.utils.clip_grads_with_norm_(self.masters, max_norm, self.grad_norm)
+        nn.utils.clip_grads_with_norm_(masters, max_norm, self.grad_norm)
 
     @torch.no_grad()
     def update(self, learning_rate):
