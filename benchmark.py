@@ -38,12 +38,15 @@ from torchvision import transforms
 
 from models.configs import CONFIGS, vit_config
 from models.fast_cpu import OneDnnLinear, accelerate, capability
-from models.modeling import VisionTransformer
-from models.norms import NORM_TYPES, AddBias
-from train import make_optimizer, precision_of, seed_step
+from models.modeling import VisionTransformer, build_model
+from models.norm_layers import Measuring
+from models.norms import NORM_TYPES
+from train import precision_of, seed_step
 from utils import dist_util
 from utils.args import parse_args
+from utils.augmentation import Augmentation
 from utils.data_utils import Resizer, TestBatches, TrainBatches, load_dataset
+from utils.optimizers import make_optimizers
 from utils.precision import Precision, StepRecord
 from utils.run_logger import RunLogger
 
@@ -310,14 +313,13 @@ class Ours(Contestant):
         flags = parse_args(f"{flags} --train_batch_size {self.batch} --norm_type {name}".split())
         self.side, self.batch = flags.img_size, flags.train_batch_size
         torch.manual_seed(0)
-        config = CONFIGS[flags.model_type]
-        self.model = VisionTransformer(config, self.side, flags.norm_type, CLASSES).to(self.device)
+        self.flags, self.model = flags, build_model(flags, CLASSES).to(self.device)
         self.model.transformer.encoder.grad_checkpointing = flags.grad_checkpointing
         for module in self.model.modules():
-            if isinstance(module, AddBias):
-                module.calls = AddBias.CALIBRATION_CALLS  # the state of all steps but 8
+            if isinstance(module, Measuring):
+                module.calls = Measuring.MEASURING_CALLS  # the state of all steps but 8
         self.precision = Precision(self.model, *precision_of(flags, self.device))
-        self.precision.attach(make_optimizer(flags, self.precision.masters))
+        self.precision.attach(make_optimizers(flags, self.precision.named_masters()))
         self.dtype = self.precision.input_dtype
         accelerate(self.model, flags.compile)
         self.forward = torch.compile(self.model, dynamic=False) if flags.compile else self.model
@@ -326,9 +328,10 @@ class Ours(Contestant):
     @cached_property
     def data(self):
         dataset = load_dataset("cifar10", self.data_dir)
-        how = self.batch, Resizer(self.side, self.device, self.dtype)
-        training = TrainBatches(dataset, *how, 0, self.device)
-        return map(training, count()), TestBatches(dataset, *how, self.device)
+        resizer = Resizer(self.side, self.device, self.dtype)
+        augmentation = Augmentation(self.flags, resizer, CLASSES)
+        training = TrainBatches(dataset, self.batch, augmentation, 0, self.device)
+        return map(training, count()), TestBatches(dataset, self.batch, resizer, self.device)
 
     def train(self, images, labels):
         seed_step(0, 0)

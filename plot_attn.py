@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from models.modeling import CONFIGS, VisionTransformer
-from models.norms import NORM_TYPES
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_model
 from utils.data_utils import DATASETS, load_dataset, resize
 from utils.errors import UserError, reported
 from utils.vis_utils import (
@@ -72,29 +70,14 @@ def main():
     )
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for figures (%(default)s)")
     args = parser.parse_args()
-    checkpoint = load_checkpoint(args.checkpoint)
-    if "flags" not in checkpoint:
-        raise UserError(f"{args.checkpoint} holds weights alone, not the flags of their run")
-    state, flags = checkpoint["model"], checkpoint["flags"]
-    flags["dataset"] = args.dataset or flags.get("dataset")
-    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
-        if flags.get(flag) not in known:
-            raise UserError(f"{args.checkpoint}: its {flag} {flags.get(flag)} is unknown here")
-    model = VisionTransformer(
-        CONFIGS[flags["model_type"]],
-        img_size=flags["img_size"],
-        norm_type=flags["norm_type"],
-        num_classes=len(state["head.weight"]),
-        vis=True,
-    )
-    load_weights(model, state, args.checkpoint)
-    dataset = load_dataset(flags["dataset"], args.data_dir)
+    model, flags = load_model(args.checkpoint, vis=True)
+    dataset = load_dataset(args.dataset or flags.dataset, args.data_dir)
     count = len(dataset.test_images)
     if not 0 <= args.image < count:
         raise UserError(f"--image {args.image}: the test images are 0 to {count - 1}")
-    image = resize(dataset.test_images[args.image : args.image + 1], flags["img_size"])
+    image = resize(dataset.test_images[args.image : args.image + 1], flags.img_size)
     title = dataset.classes[int(dataset.test_labels[args.image])]
-    for path in plot_attention(model, image, flags["norm_type"], args.layers, args.out_dir, title):
+    for path in plot_attention(model, image, flags.norm_type, args.layers, args.out_dir, title):
         print(path)
 
 

@@ -1,52 +1,89 @@
-"""Turns result logs into Markdown tables of best test accuracy and training time.
+"""Turns result logs into Markdown tables and figures.
 
-    python3 results.py output/*.txt
-    python3 results.py --csv output/*.txt
+    python3 results.py output/*.txt                     # prints the tables
+    python3 results.py --update README.md output/*.txt  # writes them between the file's markers
+    python3 results.py --figures img output/*.txt       # draws accuracy_by_*.png
+    python3 results.py --best_rates output/*.txt        # METHOD LEARNING_RATE lines of one sweep
 
-One table a dataset, one row a model, one column a norm type. Accuracies are in percent.
+Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
+minutes. Other recipes' runs count at the end of their schedule, over seeds. Runs with --val_split
+are a sweep: validation accuracy by learning rate. What is no result log is passed over.
 """
 
 import argparse
-import csv
+import os
+import re
+import shutil
 import signal
 import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
 
-from utils.errors import reported
-from utils.log_reader import RunLog, read_log
+from utils.errors import UserError, reported
+from utils.log_reader import RunLog, best_learning_rates, grouped, read_log, settings, split
+from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
 
-FIELDS = "dataset,model,norm,pretrained,best_accuracy_percent,minutes,steps,finished".split(",")
+MARKERS = "<!-- results -->", "<!-- /results -->"  # each a line of its own
+# CIFAR-10 from scratch: PFLOP of training, test accuracy. CCT and ViT-Lite, 200 epochs: Hassani et
+# al. 2021, "Escaping the Big Data Paradigm with Compact Transformers". MiniViT, 80 epochs: the
+# repository of tonelli. ViT-B_16: the reference's README, the best of its evaluations.
+PUBLISHED = [
+    ("CCT-2/3x2", 2.0, 0.8917),
+    ("CCT-4/3x2", 2.8, 0.9145),
+    ("ViT-Lite-7/4", 14.3, 0.9138),
+    ("MiniViT (tonelli)", 3.0, 0.8218),
+    ("ViT-B_16 (reference)", 252, 0.697),
+]
+
+
+def read_logs(paths) -> list[RunLog]:
+    """The runs of those files that are result logs; names the others. Raises UserError, OSError."""
+    runs, faults = [], []
+    for path in paths:
+        try:
+            runs.append(read_log(path))
+        except UserError as error:
+            faults.append(str(error))
+    if not runs:
+        raise UserError("; ".join(faults))
+    for fault in faults:
+        print(f"results.py: passed over: {fault}", file=sys.stderr)
+    return runs
 
 
 def markdown_tables(runs: list[RunLog]) -> str:
-    """The runs' results, one table a dataset; several runs of one cell stand side by side in it."""
-    tables = []
-    for dataset in sorted({run.dataset for run in runs}):
-        of_dataset = [run for run in runs if run.dataset == dataset]
-        rows = sorted({_row(run) for run in of_dataset})
-        # LN, the baseline, comes first.
-        columns = sorted({_column(run) for run in of_dataset}, key=lambda c: (c[0] != "LN", c))
-        lines = [
-            f"### {dataset}",
-            "",
-            "| model | " + " | ".join(norm + " pretrained" * pre for norm, pre in columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for row in rows:
-            cells = [
-                ", ".join(_cell(r) for r in of_dataset if (_row(r), _column(r)) == (row, column))
-                for column in columns
-            ]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    """All tables, each under its heading."""
+    reference, others, sweeps = split(runs)
+    tables = {}
+    for dataset in sorted({run.dataset for run in reference}):
+        tables[dataset] = _reference_table([run for run in reference if run.dataset == dataset])
+    for group, members in grouped(others):
+        tables[_heading(group)] = _test_table(members)
+    for group, members in grouped(sweeps):
+        heading = f"{_heading(group)}: final validation accuracy (%) by peak learning rate"
+        tables[heading] = _sweep_table(members)
+    return "\n\n".join(f"### {heading}\n\n{table}" for heading, table in tables.items())
 
 
-def _row(run: RunLog) -> str:
-    return run.model_type if run.img_size == 224 else f"{run.model_type} at {run.img_size} px"
+def _heading(group) -> str:
+    dataset, recipe, model_type, steps = group
+    return f"{dataset}, recipe {recipe}, {model_type}, {steps} steps"
 
 
-def _column(run: RunLog) -> tuple[str, bool]:
-    return run.norm_type, run.pretrained
+def _reference_table(runs) -> str:
+    """A row a model, a column a norm type; several runs of one cell stand side by side."""
+    cells = defaultdict(list)
+    for run in runs:
+        row = run.model_type if run.img_size == 224 else f"{run.model_type} at {run.img_size} px"
+        usual = {"qk_norm": "none", "optimizer": "sgd"}
+        words = [f"{name}={run.flags[name]}" for name in usual if run.flags[name] != usual[name]]
+        words += ["pretrained"] * run.pretrained
+        cells[row, " ".join([run.norm_type, *words])].append(_cell(run))
+    rows, columns = (sorted(set(names)) for names in zip(*cells))
+    columns.sort(key=lambda name: name.split()[0] != "LN")  # LN, the baseline, comes first
+    body = [[row, *(", ".join(cells[row, column]) for column in columns)] for row in rows]
+    return _markdown(["model", *columns], body)
 
 
 def _cell(run: RunLog) -> str:
@@ -59,16 +96,111 @@ def _cell(run: RunLog) -> str:
     return accuracy if run.minutes is None else f"{accuracy} ({run.minutes:.1f} min)"
 
 
-def write_csv(runs: list[RunLog], file) -> None:
-    """One line a run; what its log does not hold is left empty."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for run in runs:
-        accuracy = "" if run.best_accuracy is None else f"{100 * run.best_accuracy:.1f}"
-        writer.writerow(
-            (run.dataset, run.model_type, run.norm_type, "FT"[run.pretrained])
-            + (accuracy, run.minutes, run.steps[-1] if run.steps else 0, "FT"[run.finished])
-        )
+def _test_table(runs) -> str:
+    """A row a method and learning rate, the best on top."""
+    rows = []
+    for setting in sorted(settings(runs), key=lambda s: -(s.mean or 0)):
+        percent = [100 * accuracy for accuracy in setting.accuracies]
+        spread = f" ± {stdev(percent):.2f}" if len(percent) > 1 else ""
+        result = f"{mean(percent):.2f}{spread} (n = {len(percent)})" if percent else "none finished"
+        pflop = [run.pflop for run in setting.runs if run.pflop is not None]
+        speed = [run.images_per_s for run in setting.runs if run.images_per_s is not None]
+        row = [setting.method, f"{setting.rate:g}", setting.runs[0].total_parameters or ""]
+        row += [f"{mean(pflop):.3g}" if pflop else "", f"{mean(speed):.0f}" if speed else ""]
+        rows.append([*row, result, str(setting.diverged)])
+    result = "final test accuracy (%) as mean ± sample standard deviation"
+    titles = ["method", "peak learning rate", "parameters", "PFLOP", "images/s", result, "diverged"]
+    return _markdown(titles, rows)
+
+
+def _sweep_table(runs) -> str:
+    """A row a method, a column a learning rate, in bold the best of a row."""
+    found, best = {(s.method, s.rate): s for s in settings(runs)}, best_learning_rates(runs)
+    methods, rates = (sorted(set(names)) for names in zip(*found))
+
+    def cell(method, rate):
+        setting = found.get((method, rate))
+        if setting is None or setting.mean is None:
+            return "" if setting is None else "diverged" if setting.diverged else "unfinished"
+        text = f"{100 * setting.mean:.2f}"
+        text = f"**{text}**" if rate == best[method] else text
+        return text + f" ({setting.diverged} diverged)" * bool(setting.diverged)
+
+    body = [[method, *(cell(method, rate) for rate in rates)] for method in methods]
+    return _markdown(["method", *(f"{rate:g}" for rate in rates)], body)
+
+
+def _markdown(titles, rows) -> str:
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def update(path, tables: str) -> None:
+    """Puts `tables` between the MARKERS in the file at `path`. Raises UserError, OSError."""
+    text = Path(path).read_bytes().decode(errors="surrogateescape")
+    begin, end = MARKERS
+    if re.findall(r"^<!-- /?results -->(?=\r?$)", text, re.M) != [begin, end]:
+        raise UserError(f"{path} must hold the line {begin} once and, below it, {end} once")
+    pattern = rf"(?ms)^({begin}\r?\n).*?^(?={end}\r?$)"
+    text = re.sub(pattern, lambda found: f"{found[1]}\n{tables}\n\n", text)
+    target = Path(path).resolve()  # where a link leads
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_bytes(text.encode(errors="surrogateescape"))
+        shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw(runs: list[RunLog], folder) -> list[Path]:
+    """Draws the figures that `runs` have numbers for; returns their paths. Raises UserError."""
+    reference, others, sweeps = split(runs)
+    figures = {}
+    for heading, members, suffix in _suffixed(others):
+        found = [s for s in settings(members) if s.accuracies or s.diverged]
+        methods = [setting.method for setting in found]
+        values = {}
+        for s in found:
+            label = s.method if methods.count(s.method) == 1 else f"{s.method}, rate {s.rate:g}"
+            values[label + f" ({s.diverged} diverged)" * bool(s.diverged)] = s.accuracies
+        if values:
+            figures["accuracy_by_method" + suffix] = method_figure(values, heading)
+    for heading, members, suffix in _suffixed(sweeps):
+        curves = defaultdict(dict)
+        for s in settings(members):
+            if s.accuracies or s.diverged:
+                curves[s.method][s.rate] = s.mean
+        if curves:
+            figures["accuracy_by_learning_rate" + suffix] = learning_rate_figure(curves, heading)
+    points = []
+    for group, members in grouped(r for r in reference + others if r.dataset == "cifar10"):
+        ended = [r for r in members if r.finished and r.steps and r.pflop and not r.pretrained]
+        points += [(_heading(group), run.pflop, run.final_accuracy) for run in ended]
+    if points:
+        figures["accuracy_by_compute"] = compute_figure(points, PUBLISHED)
+    if not figures:
+        raise UserError("no log holds anything to draw")
+    return [save_figure(figures[name], Path(folder) / f"{name}.png") for name in figures]
+
+
+def _suffixed(runs):
+    """(heading, its runs, suffix) of each group; the suffix is what the groups differ in."""
+    groups = grouped(runs)
+    differing = [i for i in range(4) if len({group[i] for group, _ in groups}) > 1]
+    return [(_heading(g), runs, "".join(f"_{g[i]}" for i in differing)) for g, runs in groups]
+
+
+def _best_rates(runs) -> str:
+    """The lines of --best_rates; a method's name is freed of spaces."""
+    sweeps = split(runs)[2]
+    if len(grouped(sweeps)) != 1:
+        found = "; ".join(_heading(group) for group, _ in grouped(sweeps)) or "none"
+        raise UserError(f"--best_rates needs the runs with --val_split of one sweep: {found}")
+    best = best_learning_rates(sweeps)
+    for method in dict.fromkeys(s.method for s in settings(sweeps) if s.method not in best):
+        print(f"results.py: no finished run of {method}", file=sys.stderr)
+    return "\n".join(f"{method.replace(', ', ',')} {rate}" for method, rate in best.items())
 
 
 @reported
@@ -77,13 +209,20 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
-    parser.add_argument("--csv", action="store_true", help="write CSV, one line a log")
+    parser.add_argument("--update", metavar="FILE", help="write the tables into FILE")
+    parser.add_argument("--figures", metavar="DIR", help="draw the figures into this folder")
+    parser.add_argument("--best_rates", action="store_true", help="print what a sweep chose")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    runs = [read_log(path) for path in args.logs]
-    if args.csv:
-        write_csv(runs, sys.stdout)
-    else:
+    runs = read_logs(args.logs)
+    if args.best_rates:
+        print(_best_rates(runs))
+    if args.update:
+        update(args.update, markdown_tables(runs))
+        print(args.update)
+    if args.figures:
+        print(*draw(runs, args.figures), sep="\n")
+    if not (args.best_rates or args.update or args.figures):
         print(markdown_tables(runs))
 
 

@@ -12,23 +12,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.configs import model_config
 from models.fast_cpu import accelerate, has_bf16_units
-from models.modeling import CONFIGS, VisionTransformer
+from models.modeling import build_model
 from models.norms import MEASURING_STEPS
 from models.pretrained import download, load_pretrained
 from utils import dist_util
 from utils.args import parse_args
+from utils.augmentation import Augmentation
 from utils.checkpoint import find_checkpoint, lock, save_run, save_weights
-from utils.data_utils import Resizer, TestBatches, TrainBatches, load_dataset
+from utils.data_utils import Resizer, TestBatches, TrainBatches, hold_out, load_dataset
 from utils.divergence import check_finite
 from utils.errors import reported
 from utils.evaluation import evaluate, evaluate_run
+from utils.flops import training_pflop
 from utils.log_reader import is_finished
+from utils.optimizers import make_optimizers
 from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_files import RunFiles, result_flags
 from utils.run_logger import RunLogger
 from utils.scheduler import SCHEDULES
+from utils.signal_stats import signal_scalars, signal_stats
 from utils.stop_signal import StopSignal
+
+SIGNAL_IMAGES = 128  # that --log_signal measures
 
 
 @reported
@@ -59,11 +66,9 @@ def train(args, files, device, stop):
 
     # The experiment: data, model, optimizer, schedule
     with dist_util.main_first():
-        dataset = load_dataset(args.dataset, args.data_dir)
+        dataset = hold_out(load_dataset(args.dataset, args.data_dir), args.val_split)
     torch.manual_seed(args.seed)
-    model = VisionTransformer(
-        CONFIGS[args.model_type], args.img_size, args.norm_type, num_classes=len(dataset.classes)
-    )
+    model = build_model(args, len(dataset.classes))
     if args.pretrained_dir and not saved:
         with dist_util.main_first():
             auto = args.pretrained_dir == "auto"
@@ -74,7 +79,7 @@ def train(args, files, device, stop):
     level, half_dtype = precision_of(args, device)
     backend = ApexPrecision if args.fp16 and args.amp_backend == "apex" else Precision
     precision = backend(model, level, half_dtype, args.loss_scale)
-    precision.attach(make_optimizer(args, precision.masters))
+    precision.attach(make_optimizers(args, precision.named_masters()), args.ema)
     kernels = accelerate(model, args.compile) if args.cpu_kernels == "auto" else "PyTorch's layers"
     machine = f"{level} in {half_dtype or torch.float32}, {kernels}".replace("torch.", "")
 
@@ -85,13 +90,16 @@ def train(args, files, device, stop):
     resizer = Resizer(args.img_size, device, precision.input_dtype)
     processes = (dist_util.rank(), dist_util.world_size())
     parts = args.gradient_accumulation_steps
+    images_per_step = args.train_batch_size * dist_util.world_size()
+    augmentation = Augmentation(args, resizer, len(dataset.classes))
     batches = TrainBatches(
-        dataset, args.train_batch_size // parts, resizer, args.seed, device, *processes
+        dataset, args.train_batch_size // parts, augmentation, args.seed, device, *processes
     )
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *processes)
 
     # Where it stands
-    run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "machine": machine}
+    run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "machine": machine}
+    run |= {"seconds": 0.0, "seconds_of_training": 0.0}
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     saved_at = None  # the step and the last evaluation of the newest checkpoint
     if saved:
@@ -110,7 +118,8 @@ def train(args, files, device, stop):
             path.unlink()
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
     if log.is_new:
-        log.log_head(args, CONFIGS[args.model_type], model, device, dist_util.world_size(), machine)
+        log.log_head(args, model_config(args), model, device, dist_util.world_size(), machine)
+        log.info(f"Compute: {training_pflop(args, len(dataset.classes)):.6f} PFLOP")
     if saved:
         log.log_resumed(run["step"])
     for note in notes:
@@ -133,13 +142,19 @@ def train(args, files, device, stop):
             log.info(f"  Num steps = {len(test_batches)}")
             log.info(f"  Batch size = {args.eval_batch_size}")
             forward = eval_model if step >= MEASURING_STEPS else model
-            result = evaluate(forward, test_batches, precision, stop)
-            if result:
-                loss, run["accuracy"] = result
-                run["evaluated"] = step
-                log.log_evaluation(step, loss, run["accuracy"])
-                log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
-                if run["accuracy"] > run["best_accuracy"]:
+            with precision.averaged():
+                result = evaluate(forward, test_batches, precision, stop)
+                is_best = bool(result) and result[1] > run["best_accuracy"]
+                if result:
+                    loss, run["accuracy"] = result
+                    run["evaluated"] = step
+                    log.log_evaluation(step, loss, run["accuracy"])
+                    log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
+                    if args.log_signal and dist_util.is_main():
+                        images, labels = next(iter(test_batches))
+                        stats = signal_stats(model, images[:SIGNAL_IMAGES], labels[:SIGNAL_IMAGES])
+                        log.scalars(step, signal_scalars(stats))
+                if is_best:
                     run["best_accuracy"] = run["accuracy"]
                     if dist_util.is_main():
                         save_weights(files.best, precision, run, args)
@@ -174,8 +189,9 @@ def train(args, files, device, stop):
         periods = (args.log_every, args.eval_every, args.save_every)
         if stop.now or done == last or any(done % period == 0 for period in periods):
             records = precision.read()
-            images_per_s = len(records) * args.train_batch_size * dist_util.world_size()
-            images_per_s /= time.monotonic() - window_began
+            window = time.monotonic() - window_began
+            run["seconds_of_training"] += window
+            images_per_s = len(records) * images_per_step / window
             log.log_steps(done, records, images_per_s)
             check_finite(run, done, records, precision, batches, parts, log, files)
             bar.update(done - last_read)
@@ -184,10 +200,12 @@ def train(args, files, device, stop):
 
     bar.close()
     if step == args.num_steps and not stopping:
-        if dist_util.is_main():
-            save_weights(files.final, precision, run, args)
+        with precision.averaged():
+            if dist_util.is_main():
+                save_weights(files.final, precision, run, args)
         log.hparams(result_flags(args), {"hparams/best_accuracy": run["best_accuracy"]})
-        log.log_end(run["best_accuracy"], run["seconds"] / 60)
+        images_per_s = args.num_steps * images_per_step / run["seconds_of_training"]
+        log.log_end(run["best_accuracy"], run["seconds"] / 60, images_per_s)
     else:
         reason = f" by {stop.received.name}" if stop.received else ""
         log.info(f"Stopped{reason} after step {step} of {args.num_steps}; --resume continues")
@@ -204,15 +222,6 @@ def precision_of(args, device):
         half = {"cuda": "fp16", "mps": "bf16"}.get(device.type)
         half = half or ("bf16" if has_bf16_units() else None)
     return (args.fp16_opt_level, HALF_DTYPES[half]) if half else ("O0", None)
-
-
-def make_optimizer(args, parameters):
-    optimizer = torch.optim.SGD(
-        parameters, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
-    for p in parameters:  # a skipped first step would leave them uninitialized
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
 
 
 def seed_step(seed, step):

@@ -13,20 +13,8 @@
 set -eu
 
 dataset=${DATASET:-cifar10}
-count=0 failed=0
-
-train() {
-    count=$((count + 1)) status=0
-    "${PYTHON:-python3}" "$(dirname "$0")/train.py" "$@" || status=$?
-    case $status in
-        0) ;;
-        130 | 143) exit "$status" ;; # interrupted or terminated
-        *)
-            failed=$((failed + 1))
-            echo "$0: failed with status $status: train.py $*" >&2
-            ;;
-    esac
-}
+# shellcheck source=utils/sweep.sh
+. "$(dirname "$0")/utils/sweep.sh"
 
 for model in ${MODELS:-ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16}; do
     batch=128

@@ -1,4 +1,4 @@
-"""Model sizes, one ml_collections.ConfigDict per name."""
+"""Model sizes, one ml_collections.ConfigDict per name, and what a recipe changes in them."""
 
 import ml_collections
 
@@ -15,14 +15,25 @@ def vit_config(patch, hidden_size, num_layers, num_heads, mlp_dim):
                 "num_layers": num_layers,
                 "attention_dropout_rate": 0.0,
                 "dropout_rate": 0.1,
+                "drop_path_rate": 0.0,  # of the last block; from 0 linearly over the depth
             },
-            "classifier": "token",
+            "classifier": "token",  # or "gap": no class token, the mean of all others
             "representation_size": None,
+            "positions": "learned",  # or "sincos"
+            "stem": "patch",  # or "conv", "conv_bn": two 3x3 convolutions of stride 2
+            "zero_head": False,
+            "zero_branches": False,  # the last linear layer of each branch
         }
     )
 
 
 CONFIGS = {
+    # For 32 px: width x depth, heads of 32 channels, MLPs of twice the width.
+    **{
+        f"ViT-{width}x{depth}_4": vit_config(4, width, depth, width // 32, 2 * width)
+        for width, depth in ((64, 4), (64, 12), (64, 24), (96, 4), (128, 4), (128, 6), (192, 6))
+    },
+    "ViT-256x8_4": vit_config(4, 256, 8, 8, 512),
     # Trained from scratch on small images. Source: Touvron et al. 2021 (DeiT), widths Ti and S.
     "ViT-Ti_4": vit_config(4, 192, 12, 3, 768),
     "ViT-S_4": vit_config(4, 384, 12, 6, 1536),
@@ -35,3 +46,14 @@ CONFIGS = {
     "ViT-L_32": vit_config(32, 1024, 24, 16, 4096),
     "ViT-H_14": vit_config(14, 1280, 32, 16, 5120),
 }
+
+
+def model_config(flags):
+    """The config that the flags of a run name: the size, and what the recipe says of the model."""
+    config = CONFIGS[flags.model_type].copy_and_resolve_references()
+    config.classifier = {"token": "token", "mean": "gap"}[flags.pool]
+    config.transformer.dropout_rate = flags.dropout
+    config.transformer.drop_path_rate = flags.drop_path
+    for entry in ("positions", "stem", "zero_head", "zero_branches"):
+        config[entry] = getattr(flags, entry)
+    return config

@@ -186,7 +186,7 @@ class OneDnnMlp(Mlp):
         if type(self.fc1) is not OneDnnLinear or self.fc1._forward_hooks:
             return super().forward(x)  # reparametrized, or watched
         x = self.dropout(self.fc1(x, gelu=True))
-        return self.dropout(self.fc2(x))
+        return self.drop_path(self.dropout(self.fc2(self.inner_norm(x))))
 
 
 # Attention

@@ -1,14 +1,17 @@
 """The Vision Transformer. Source: Dosovitskiy et al. 2021, with the reference's names and sizes.
 
-Shapes: B batch, N tokens (patches + 1), D hidden size, H heads, d = D/H head size.
+Shapes: B batch, N tokens (patches, and the class token first), D hidden size, H heads, d = D/H.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.configs import CONFIGS  # noqa: F401  (the model and its sizes are imported together)
-from models.norms import ALL, NORM_TYPES, is_per_token
+from models.configs import model_config
+from models.embeddings import Embeddings
+from models.norm_blocks import ALL
+from models.norm_layers import is_per_token
+from models.norms import NORM_TYPES, QK_NORMS
 from models.recompute import recomputed
 
 CLASS_TOKEN = slice(0, 1)
@@ -17,7 +20,7 @@ CLASS_TOKEN = slice(0, 1)
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D). With `vis` it keeps its weights."""
 
-    def __init__(self, config, vis=False):
+    def __init__(self, config, vis=False, qk_norm="none", drop_path=0.0):
         super().__init__()
         dim = config.hidden_size
         self.num_heads = config.transformer.num_heads
@@ -25,10 +28,12 @@ class Attention(nn.Module):
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
-        self.query_norm = nn.Identity()  # a norm type may put its own, on (B, H, N, d), here
-        self.key_norm = nn.Identity()
+        self.query_norm = QK_NORMS[qk_norm](dim // self.num_heads)
+        self.key_norm = QK_NORMS[qk_norm](dim // self.num_heads)
+        self.inner_norm = nn.Identity()  # a norm type may put its own here
         self.attn_dropout = nn.Dropout(config.transformer.attention_dropout_rate)
         self.proj_dropout = nn.Dropout(config.transformer.attention_dropout_rate)
+        self.drop_path = stochastic_depth(drop_path)
         self.vis = vis
         self.weights = None  # of the last forward pass, (B, H, N, N), if `vis`
 
@@ -38,8 +43,8 @@ class Attention(nn.Module):
         k = self.key_norm(self.split_heads(self.key(x)))
         v = self.split_heads(self.value(x))
         y = self.attend(q, k, v)  #                             (B, H, N, d)
-        y = self.out(y.transpose(1, 2).flatten(2))  #           (B, N, D)
-        return self.proj_dropout(y)
+        y = self.inner_norm(y.transpose(1, 2).flatten(2))  #    (B, N, D)
+        return self.drop_path(self.proj_dropout(self.out(y)))
 
     def split_heads(self, x):
         """(B, N, D) -> (B, H, N, d)"""
@@ -58,43 +63,21 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """D -> mlp_dim -> D with the exact GELU, (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config, drop_path=0.0):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.transformer.mlp_dim)
         self.fc2 = nn.Linear(config.transformer.mlp_dim, config.hidden_size)
+        self.inner_norm = nn.Identity()  # a norm type may put its own here
         self.dropout = nn.Dropout(config.transformer.dropout_rate)
+        self.drop_path = stochastic_depth(drop_path)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
         x = self.dropout(F.gelu(self.fc1(x)))  #                (B, N, mlp_dim)
-        return self.dropout(self.fc2(x))  #                     (B, N, D)
-
-
-class Embeddings(nn.Module):
-    """Images (B, 3, S, S) to tokens (B, N, D): patches, class token, position embeddings.
-
-    Raises ValueError when S is no multiple of the patch.
-    """
-
-    def __init__(self, config, img_size):
-        super().__init__()
-        patch = config.patches.size[0]
-        if img_size % patch:
-            raise ValueError(f"img_size {img_size} is not a multiple of the patch size {patch}")
-        dim = config.hidden_size
-        tokens = (img_size // patch) ** 2 + 1
-        self.position_embeddings = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.patch_embeddings = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
-        self.dropout = nn.Dropout(config.transformer.dropout_rate)
-
-    def forward(self, x):
-        x = self.patch_embeddings(x).flatten(2).transpose(1, 2)  #  (B, N-1, D)
-        class_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat([class_token, x], dim=1)  #                   (B, N, D)
-        return self.dropout(x + self.position_embeddings.to(x.dtype))
+        x = self.fc2(self.inner_norm(x))  #                     (B, N, D)
+        return self.drop_path(self.dropout(x))
 
 
 class Encoder(nn.Module):
@@ -104,22 +87,25 @@ class Encoder(nn.Module):
     gradients.
     """
 
-    def __init__(self, config, norm_type, vis=False):
+    def __init__(self, config, norm_type, qk_norm="none", vis=False):
         super().__init__()
         dim, depth = config.hidden_size, config.transformer.num_layers
         block, norm, final_norm, _ = NORM_TYPES[norm_type]
-        self.layer = nn.ModuleList(
-            block(Attention(config, vis), Mlp(config), norm, dim, index, depth)
-            for index in range(depth)
-        )
+        self.layer = nn.ModuleList()
+        for index in range(depth):
+            drop_path = config.transformer.drop_path_rate * index / max(1, depth - 1)
+            branches = Attention(config, vis, qk_norm, drop_path), Mlp(config, drop_path)
+            self.layer.append(block(*branches, norm, dim, index, depth))
+            if config.zero_branches and not block.own_start:
+                zero(branches[0].out, branches[1].fc2)
         self.encoder_norm = (final_norm or norm)(dim)
-        self.vis = vis
+        self.reads_class_token_alone = config.classifier == "token" and not vis
         self.grad_checkpointing = False
 
     def forward(self, x):
         for block in self.layer:
             # The head reads the class token alone, so the last block need not compute the others.
-            class_token_alone = block is self.layer[-1] and not self.vis
+            class_token_alone = block is self.layer[-1] and self.reads_class_token_alone
             class_token_alone &= block.per_token and is_per_token(self.encoder_norm)
             tokens = CLASS_TOKEN if class_token_alone else ALL
             inputs = (x,) if tokens == ALL else (x, tokens)
@@ -130,11 +116,27 @@ class Encoder(nn.Module):
         return self.encoder_norm(x)
 
 
+def stochastic_depth(rate):
+    """A layer that drops a branch, image by image. Source: Huang et al. 2016."""
+    if not rate:
+        return nn.Identity()
+    from torchvision.ops import StochasticDepth  # takes a second, which mistakes need not cost
+
+    return StochasticDepth(rate, "row")
+
+
+def zero(*layers):
+    """Make linear layers return zeros at first."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 class Transformer(nn.Module):
-    def __init__(self, config, img_size, norm_type, vis=False):
+    def __init__(self, config, img_size, norm_type, qk_norm="none", vis=False):
         super().__init__()
         self.embeddings = Embeddings(config, img_size)
-        self.encoder = Encoder(config, norm_type, vis)
+        self.encoder = Encoder(config, norm_type, qk_norm, vis)
 
     def forward(self, x):
         return self.encoder(self.embeddings(x))
@@ -144,13 +146,21 @@ class VisionTransformer(nn.Module):
     """Vision Transformer for classification.
 
     `forward(x)`, x (B, 3, img_size, img_size): logits (B, num_classes) and the attention weights, a
-    list of (B, H, N, N) per block if `vis`, else empty. `forward(x, labels)`, labels (B,): the mean
-    cross entropy, in fp32. `zero_head` makes loaded foreign weights start with a head of zeros.
-    Raises ValueError for an unknown norm type or an img_size that the patch does not divide.
+    list of (B, H, N, N) per block if `vis`, else empty. `forward(x, labels)`, labels (B,) or
+    probabilities (B, num_classes): the mean cross entropy, in fp32. `zero_head` makes loaded
+    foreign weights start with a head of zeros. Raises ValueError for an unknown norm type or an
+    img_size that the patch does not divide.
     """
 
     def __init__(
-        self, config, img_size=224, norm_type="LN", num_classes=21843, zero_head=False, vis=False
+        self,
+        config,
+        img_size=224,
+        norm_type="LN",
+        num_classes=21843,
+        zero_head=False,
+        vis=False,
+        qk_norm="none",
     ):
         super().__init__()
         if norm_type not in NORM_TYPES:
@@ -159,15 +169,26 @@ class VisionTransformer(nn.Module):
         self.zero_head = zero_head
         self.classifier = config.classifier
         self.vis = vis
-        self.transformer = Transformer(config, img_size, norm_type, vis)
+        self.transformer = Transformer(config, img_size, norm_type, qk_norm, vis)
         self.head = nn.Linear(config.hidden_size, num_classes)
+        if config.zero_head:
+            zero(self.head)
         if prepare := NORM_TYPES[norm_type].prepare:
             prepare(self)
 
     def forward(self, x, labels=None):
-        x = self.transformer(x)
-        logits = self.head(x[:, 0]).float()
+        x = self.transformer(x)  #                                  (B, N or 1, D)
+        x = x[:, 0] if self.classifier == "token" else x.mean(1)
+        logits = self.head(x).float()
         if labels is not None:
             return F.cross_entropy(logits, labels)
         blocks = self.transformer.encoder.layer if self.vis else ()
         return logits, [block.attn.weights for block in blocks]
+
+
+def build_model(flags, num_classes, vis=False):
+    """The model that the flags of a run name, as it is at the start."""
+    config = model_config(flags)
+    return VisionTransformer(
+        config, flags.img_size, flags.norm_type, num_classes, vis=vis, qk_norm=flags.qk_norm
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -57,10 +58,11 @@ def load_pretrained(model, file):
     arrays, from_google = _read(file)
     state = model.state_dict()
     if from_google:
-        names = {key: _google_name(_plain(key)) or key for key in state}
+        names = {key: _google_name(_plain(_weight(key))) or key for key in state}
     else:
         theirs = {_plain(name): name for name in arrays}
-        names = {key: theirs.get(_plain(key), key) for key in state}
+        names = {key: theirs.get(_plain(_weight(key)), key) for key in state}
+        names |= {key: key for key in state if key in arrays}
     _check_names(file, names, arrays)
 
     lines, zeros = [], {}
@@ -90,6 +92,7 @@ def load_pretrained(model, file):
     lines.insert(0, f"Loaded {len(new)} arrays from {file}")
     new |= zeros
     model.load_state_dict(state | new)
+    _start_parametrizations(model, new)
     if arrays:
         lines.append(f"Left out, as the model has none such: {_summary(arrays)}")
     if kept := [key for key in state if key not in new]:
@@ -170,6 +173,20 @@ def _to_numpy(file, name, value):
 def _plain(key):
     """Name without the level that BN and GN hold their norms down."""
     return re.sub(r"\.layer\.(?!\d)", ".", key)
+
+
+def _weight(key):
+    """Name of the weight that a parametrization works on, as it is without it."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", key)
+
+
+def _start_parametrizations(model, loaded):
+    """Have those start from their loaded weights, of which the file has the weights alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList):
+            for number, part in enumerate(module):
+                if not any(f"{name}.{number}.{key}" in loaded for key in part.state_dict()):
+                    part.start_from(module.original)
 
 
 def _google_name(key):

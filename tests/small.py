@@ -1,11 +1,16 @@
 """Small models and their batches, and a guard, for several test files."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.configs import vit_config
 from models.modeling import VisionTransformer
+from recipes import reference
+from utils.augmentation import Augmentation
+from utils.optimizers import make_optimizers
 
 NORMS = ("LN", "BN", "GN", "Rescale")  # the reference's norm types
 SIDE, CLASSES = 16, 7  # of the images and of the head
@@ -36,7 +41,8 @@ def random_state(model, count=8):
     for name, tensor in model.state_dict().items():
         value = torch.randn(tensor.shape, generator=generator)
         value *= 0.5 * tensor[0].numel() ** -0.5 if name.endswith("weight") else 0.3
-        if name.endswith(("running_var", "_scale")) or ("norm" in name and name.endswith("weight")):
+        positive = name.endswith(("running_var", "mean_square", "_scale"))
+        if positive or ("norm" in name and name.endswith("weight")):
             value = 1 + 0.1 * value
         elif name.endswith(("count", "num_batches_tracked")):
             value = torch.tensor(count)
@@ -49,6 +55,20 @@ def batch(seed=0, size=6, side=SIDE, classes=CLASSES):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 3, side, side, generator=generator)
     return images, torch.randint(classes, (size,), generator=generator)
+
+
+def sgd(precision, weight_decay=0.0):
+    """The reference recipe's optimizer, for `precision.attach`."""
+    return make_optimizers(recipe(weight_decay=weight_decay), precision.named_masters())
+
+
+def recipe(**entries):
+    """The reference recipe, but for these entries."""
+    return SimpleNamespace(**reference().to_dict() | entries)
+
+
+def augmentation(resizer, classes=10, **entries):
+    return Augmentation(recipe(**entries), resizer, classes)
 
 
 class NoSynchronization(TorchDispatchMode):

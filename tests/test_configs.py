@@ -7,8 +7,17 @@ from small import NORMS
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 
-# (patch, hidden size, blocks, heads, MLP size), from the papers' tables.
+# (patch, hidden size, blocks, heads, MLP size): this project's own for 32 px, and from the papers'
+# tables.
 SIZES = {
+    "ViT-64x4_4": (4, 64, 4, 2, 128),
+    "ViT-64x12_4": (4, 64, 12, 2, 128),
+    "ViT-64x24_4": (4, 64, 24, 2, 128),
+    "ViT-96x4_4": (4, 96, 4, 3, 192),
+    "ViT-128x4_4": (4, 128, 4, 4, 256),
+    "ViT-128x6_4": (4, 128, 6, 4, 256),
+    "ViT-192x6_4": (4, 192, 6, 6, 384),
+    "ViT-256x8_4": (4, 256, 8, 8, 512),
     "ViT-Ti_4": (4, 192, 12, 3, 768),
     "ViT-S_4": (4, 384, 12, 6, 1536),
     "ViT-Ti_16": (16, 192, 12, 3, 768),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from programs import DATA, needs_cifar10
 from scipy import stats
+from small import augmentation
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
@@ -162,7 +163,9 @@ def pictured(images):
 
 
 def batches_of(n=50, batch_size=8, seed=5, **kwargs):
-    return TrainBatches(tiny_dataset(n), batch_size, Resizer(16), seed, "cpu", **kwargs)
+    return TrainBatches(
+        tiny_dataset(n), batch_size, augmentation(Resizer(16)), seed, "cpu", **kwargs
+    )
 
 
 @pytest.mark.parametrize(("n", "batch_size", "last"), [(50, 8, 2), (48, 8, 8), (50, 64, 50)])
@@ -191,7 +194,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
     numbers = [0, 3, 6, 7, 13, 14, 40]
 
     def fresh(seed=5):
-        return TrainBatches(dataset, 8, Resizer(16), seed, "cpu")
+        return TrainBatches(dataset, 8, augmentation(Resizer(16)), seed, "cpu")
 
     batches = fresh()
     expected = {i: batches(i) for i in numbers}
@@ -206,7 +209,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
     boxes = []
     for epoch in (0, 1):
         batches(7 * epoch)
-        boxes.append(batches.boxes)
+        boxes.append(batches.draws["box"])
     assert (boxes[0] == boxes[1]).all(dim=1).sum() < 10
 
 
@@ -214,9 +217,9 @@ def test_batches_are_the_images_crops():
     """Truth: torchvision's crop of each chosen image by its box."""
     dataset = tiny_dataset()
     dataset.train_images = random_images(50)
-    batches = TrainBatches(dataset, 8, Resizer(24), 5, "cpu")
+    batches = TrainBatches(dataset, 8, augmentation(Resizer(24)), 5, "cpu")
     images, labels = batches(9)
-    for image, label, box in zip(images, labels, batches.boxes[labels].tolist()):
+    for image, label, box in zip(images, labels, batches.draws["box"][labels].tolist()):
         expected = torchvisions(dataset.train_images[label], box, 24)
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
 

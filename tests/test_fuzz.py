@@ -212,8 +212,10 @@ def originals(forks, tmp_path_factory):
     (best,) = folder.glob("output/*_final.bin")
     setup = """
 from models import pretrained
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
 def main():
-    model = train.VisionTransformer(train.CONFIGS["ViT-Ti_4"], 8, num_classes=10)
+    model = VisionTransformer(CONFIGS["ViT-Ti_4"], 8, num_classes=10)
     named = {pretrained._google_name(k): v for k, v in model.state_dict().items()}
     shapes = {k: pretrained._google_shape(k, tuple(v.shape), 3) for k, v in named.items()}
     np.savez("google.npz", **{k: np.zeros(shape, np.float32) for k, shape in shapes.items()})

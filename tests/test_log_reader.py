@@ -1,4 +1,4 @@
-"""Logs as utils/log_reader.py reads them, ours and the reference's, and results.py's tables."""
+"""Logs as utils/log_reader.py reads them, ours and the reference's."""
 
 import csv
 import math
@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from programs import call, refused, write_log
+from programs import TINY
 
-import results
 from utils.errors import UserError
 from utils.log_reader import is_finished, read_log
 
@@ -109,41 +108,57 @@ def test_what_is_no_log_is_refused_in_one_line(log, content, reason):
     assert not is_finished(log) and not is_finished(log.parent / "missing.txt")
 
 
-def test_results_tables(tmp_path, log):
-    evaluations = {"LN": [(500, 0.1, 0.98449)], "BN": [(100, 2, 0.2), (200, 2, 0.3111)], "GN": []}
-    minutes = {"LN": 12.0, "BN": None, "GN": None}
-    logs = [
-        write_log(tmp_path / f"{norm}.txt", norm, evaluations[norm], minutes[norm])
-        for norm in ("BN", "GN", "LN")
-    ]
-    assert call(results.main, *logs, log).stdout.splitlines() == [
-        "### cifar10",
-        "",
-        "| model | GN pretrained |",
-        "|---|---|",
-        "| ViT-L_32 at 384 px | 96.2 (67.7 min) |",
-        "",
-        "### digits",
-        "",
-        "| model | LN | BN | GN |",
-        "|---|---|---|---|",
-        "| ViT-Ti_16 at 32 px | 98.4 (12.0 min) | 31.1 (at step 200 of 500) | no evaluation |",
-    ]
-    assert call(results.main, "--csv", *logs, log).stdout.splitlines() == [
-        "dataset,model,norm,pretrained,best_accuracy_percent,minutes,steps,finished",
-        "digits,ViT-Ti_16,BN,F,31.1,,200,F",
-        "digits,ViT-Ti_16,GN,F,,,0,F",
-        "digits,ViT-Ti_16,LN,F,98.4,12.0,500,T",
-        "cifar10,ViT-L_32,GN,T,96.2,67.7,200,T",
-    ]
+def test_reader_gives_the_cost_and_the_last_evaluation(log):
+    run = read_log(log)
+    assert (run.pflop, run.images_per_s, run.final_accuracy) == (None, None, 0.1)
+    assert run.best_accuracy == 0.962345 and not run.diverged
+    compute = "04/27/2021 13:52:27 - INFO - train - Compute: 0.012345 PFLOP\n"
+    speed = "04/28/2021 14:20:00 - INFO - train - Training speed: 1234 images/s\n"
+    head, rest = REFERENCE_STYLE.split("04/27/2021 13:52:42", 1)
+    training = rest.split("04/28/2021", 1)[0]
+    log.write_text(f"{head}{compute}04/27/2021 13:52:42{training}{speed}")
+    run = read_log(log)
+    assert (run.pflop, run.images_per_s, run.finished) == (0.012345, 1234.0, True)
+    log.write_text(log.read_text().replace(" PFLOP", " PFLO").replace("1234 images/s", "12"))
+    run = read_log(log)
+    assert (run.pflop, run.images_per_s) == (None, None)
 
 
-def test_results_refuse_what_is_no_log_in_one_line(tmp_path):
-    (tmp_path / "notes.txt").write_text("no log")
-    for path in (tmp_path / "notes.txt", tmp_path / "missing.txt", tmp_path):
-        done = call(results.main, path)
-        refused(done, path, program="results.py")
-        assert done.stdout == "" and done.stderr.count("\n") == 1
+def test_flags_that_older_logs_lack_have_what_their_runs_did(log):
+    flags = read_log(log).flags
+    assert (flags["recipe"], flags["optimizer"]) == ("reference", "sgd")
+    assert (flags["qk_norm"], flags["val_split"]) == ("none", 0)
+    new = "recipe='small', optimizer='muon', qk_norm='rms', val_split=5000, device="
+    log.write_text(REFERENCE_STYLE.replace("device=", new, 2))
+    flags = read_log(log).flags
+    assert (flags["recipe"], flags["optimizer"]) == ("small", "muon")
+    assert (flags["qk_norm"], flags["val_split"]) == ("rms", 5000)
+
+
+def test_a_run_has_diverged_where_its_log_ends_with_the_images_of_the_step(log):
+    begun = REFERENCE_STYLE.partition("04/27/2021 15:00:03")[0]
+    prefix = "04/27/2021 14:00:00 - INFO - train - "
+    fault = f"{prefix}Training images of the step: [3, 1]\n"
+    resumed = f"{prefix}Resumed from step 100: Python 3.11\n"
+    skipped = f"{prefix}Skipped: loss nan, gradient norm nan at step 7, loss scale 1\n"
+    for end, diverged in (
+        ("", False),
+        (skipped, False),
+        (fault, True),
+        (skipped + fault, True),
+        (fault + resumed, False),
+        (fault + resumed + fault, True),
+        (fault + resumed + f"{prefix}End Training!\n", False),
+    ):
+        log.write_text(begun + end)
+        assert read_log(log).diverged == diverged, end
+        assert is_finished(log) == ("End" in end)
+
+
+def test_a_training_that_diverges_is_read_as_such(forks, tmp_path):
+    done = forks.run([*TINY, "--learning_rate", "1e30"], tmp_path, check=False)
+    (log,) = tmp_path.glob("output/*.txt")
+    assert done.returncode == 1 and read_log(log).diverged
 
 
 @pytest.mark.skipif(

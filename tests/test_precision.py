@@ -9,14 +9,12 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from small import NORMS, NoSynchronization, batch, small_model
+from small import NORMS, NoSynchronization, batch, sgd, small_model
 from torch import nn
 
-from train import make_optimizer
 from utils import precision as precision_module
 from utils.precision import ApexPrecision, Precision
 
@@ -26,13 +24,9 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 0.01
 RATES = (0.01, 0.03, 0.05, 0.04, 0.03, 0.02, 0.015, 0.01)
 
 
-def sgd(masters):
-    return make_optimizer(SimpleNamespace(weight_decay=WEIGHT_DECAY), masters)
-
-
 def make(level, half=BF16, loss_scale=0.0, norm_type="LN", seed=0, backend=Precision):
     precision = backend(small_model(norm_type, seed=seed), level, half, loss_scale)
-    precision.attach(sgd(precision.masters))
+    precision.attach(sgd(precision, WEIGHT_DECAY))
     return precision
 
 
@@ -48,12 +42,12 @@ def one_step(precision, i, parts=1, factor=1.0, offset=0.0, light=1.0, max_norm=
 
 
 def momentum_of(precision):
-    return [precision.optimizer.state[p]["momentum_buffer"] for p in precision.masters]
+    return [precision.optimizers[0].state[p]["momentum_buffer"] for p in precision.masters]
 
 
 def weights_of(precision):
     """Copies of all that a skipped step must leave alone."""
-    states = [tensor for s in precision.optimizer.state.values() for tensor in s.values()]
+    states = [tensor for s in precision.optimizers[0].state.values() for tensor in s.values()]
     everything = [*precision.model.parameters(), *precision.masters, *states]
     return [tensor.detach().clone() for tensor in everything]
 
@@ -104,7 +98,7 @@ def test_o0_is_plain_pytorch(norm_type, parts, max_norm):
         assert record.finite and record.loss_scale == 1.0
         assert record.loss == pytest.approx(total, rel=1e-5)
         assert record.grad_norm == pytest.approx(grad_norm.item(), rel=1e-5)
-        assert record.learning_rate == RATES[i] == ours.optimizer.param_groups[0]["lr"]
+        assert record.learning_rate == RATES[i] == ours.optimizers[0].param_groups[0]["lr"]
     assert (grad_norm > max_norm) == (max_norm < 1)
     for model, optimizer, exact in zip(models, optimizers, (True, False)):
         momentum = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
@@ -315,7 +309,7 @@ def test_other_optimizers_skip_too(level, optimizer):
     runs = []
     for loss_scale in (64.0, 0.0):
         precision = Precision(small_model(), level, BF16, loss_scale)
-        precision.attach(OPTIMIZERS[optimizer](precision.masters))
+        precision.attach([OPTIMIZERS[optimizer](precision.masters)])
         one_step(precision, 0, rate=1e-3)
         before = weights_of(precision)
         if loss_scale:
@@ -437,9 +431,7 @@ ONE_OF_TWO_PROCESSES = """
 import json, math, sys
 sys.path.insert(0, "tests")
 import torch
-from types import SimpleNamespace
-from small import batch, small_model
-from train import make_optimizer
+from small import batch, sgd, small_model
 from utils import dist_util
 from utils.precision import Precision
 
@@ -448,7 +440,7 @@ torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world
 results = {}
 for level, loss_scale in (("O0", 0.0), ("O2", 64.0)):
     precision = Precision(small_model(), level, torch.bfloat16, loss_scale)
-    precision.attach(make_optimizer(SimpleNamespace(weight_decay=0.0), precision.masters))
+    precision.attach(sgd(precision))
     parallel = dist_util.wrap(precision.model)
     sums = []
     for step in range(3):
@@ -567,6 +559,12 @@ def test_no_synchronization(level, half, norm_type):
 # ---------------------------------------------------------------- apex
 
 
+def params_of(optimizers):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
 class FakeAmp(types.ModuleType):
     """apex.amp's interface at O1 with its skipping of overflows, and a list of the calls."""
 
@@ -580,12 +578,11 @@ class FakeAmp(types.ModuleType):
 
     def master_params(self, optimizer):
         self.calls.append(("master_params",))
-        for group in optimizer.param_groups:
-            yield from group["params"]
+        yield from params_of([optimizer])
 
     @contextlib.contextmanager
-    def scale_loss(self, loss, optimizer):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+    def scale_loss(self, loss, optimizers):
+        params, (optimizer,) = list(params_of(optimizers)), optimizers
         stashed = [p.grad for p in params]
         for p in params:
             p.grad = None

@@ -63,8 +63,12 @@ def test_the_command_itself(tmp_path):
     assert_same(broken, left(whole))
 
 
-@pytest.mark.parametrize("flags", ["", *HALF])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
+# All types at one level; those that keep statistics or reparametrize, and LN, at all levels.
+STATEFUL = ("LN", "BN", "RepBN", "RescaleNet", "SigmaReparam")
+KILLED_RUNS = [(n, "") for n in NORM_TYPES] + [(n, flags) for n in STATEFUL for flags in HALF]
+
+
+@pytest.mark.parametrize(("norm_type", "flags"), KILLED_RUNS)
 def test_killed_at_six_points(forks, reference, tmp_path, norm_type, flags):
     """One run that dies again and again, over two epochs' ends.
 

@@ -49,7 +49,7 @@ def test_reader_reads_what_the_writer_wrote(tmp_path):
     logger.info("Total Parameter: \t5.5M")
     evaluate(logger, 100, 200)
     assert read_log(logger.log_file).best_accuracy == 0.2 and not read_log(logger.log_file).finished
-    logger.log_end(0.98765, 12.34)
+    logger.log_end(0.98765, 12.34, 567.8)
     logger.close()
     run = read_log(logger.log_file)
     assert (run.dataset, run.model_type, run.img_size) == ("digits", "ViT-Ti_16", 32)
@@ -72,7 +72,7 @@ def test_resuming_repeats_no_evaluation(tmp_path, left, resume_step, kept):
     """`left`: what the process that died left of its log."""
     logger = start(tmp_path)
     evaluate(logger, 100, 200, 300, 400)
-    logger.log_end(0.4, 1.0)
+    logger.log_end(0.4, 1.0, 2.0)
     logger.close()
     logger.log_file.write_text(left(logger.log_file.read_text()))
 
@@ -129,7 +129,7 @@ def test_an_inactive_logger_leaves_no_trace(tmp_path, capsys):
     evaluate(logger, 100)
     logger.warning("no")
     logger.log_steps(1, [StepRecord(True, 2.0, 0.5, 4.0, 0.1)], 10.0)
-    logger.log_end(0.1, 1.0)
+    logger.log_end(0.1, 1.0, 2.0)
     logger.text("flags", "no")
     logger.hparams({"a": 1}, {"b": 2.0})
     logger.close()

@@ -11,7 +11,8 @@ from programs import call, refused, run, write_log
 
 import plot_acc_loss
 import plot_attn
-from models.modeling import CONFIGS, VisionTransformer
+from models.configs import CONFIGS
+from models.modeling import VisionTransformer
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.vis_utils import (

@@ -1,14 +1,16 @@
-"""The command line of train.py: flags and their validation."""
+"""The command line of train.py: flags, recipes' entries, and their validation."""
 
 import argparse
 import math
 import os
 import re
+import sys
 
 from models.configs import CONFIGS
-from models.norms import NORM_TYPES
+from models.norms import NORM_TYPES, QK_NORMS
+from recipes import OPTIMIZERS, RECIPES
 from utils import dist_util
-from utils.data_utils import DATASETS
+from utils.data_utils import DATASETS, SIDE, TRAIN_IMAGES
 from utils.precision import HALF_DTYPES, LEVELS
 from utils.scheduler import SCHEDULES
 
@@ -63,10 +65,59 @@ def _gpu(text):
     return text
 
 
+def _choice(*names):
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _yes_no(text):
+    return _choice("True", "False")(text) == "True"
+
+
+def _betas(text):
+    parse = _number(float, 0, 0.9999999)
+    if text.count(",") != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: two numbers, such as 0.9,0.95")
+    return tuple(parse(part) for part in text.split(","))
+
+
 MAX_COUNT = 10**7
+_share, _decay = _number(float, 0, 1), _number(float, 0, 0.9999999)
+
+# What --set can override: the entries of a recipe that have no flag.
+ENTRIES = {
+    "optimizer": _choice(*OPTIMIZERS),
+    "momentum": _decay,
+    "betas": _betas,
+    "adamw_factor": _number(float, 0),
+    "decay_all": _yes_no,
+    "ema": _decay,
+    "crop": _choice("resized", "shift"),
+    "smallest_crop": _number(float, 0, 1, low_allowed=False),
+    "shift": _number(int, 0, 16),
+    "flip": _yes_no,
+    "randaugment_ops": _number(int, 0, 10),
+    "randaugment_magnitude": _number(int, 0, 30),
+    "mixup": _number(float, 0, 100),
+    "cutmix": _number(float, 0, 100),
+    "mix_share": _share,
+    "label_smoothing": _decay,
+    "dropout": _decay,
+    "drop_path": _decay,
+    "pool": _choice("token", "mean"),
+    "positions": _choice("learned", "sincos"),
+    "stem": _choice("patch", "conv", "conv_bn"),
+    "zero_head": _yes_no,
+    "zero_branches": _yes_no,
+}
 
 
-def build_parser():
+def build_parser(recipe="reference"):
+    """The parser, whose defaults are those of the recipe."""
     count, any_count = _number(int, 1, MAX_COUNT), _number(int, 0, MAX_COUNT)
     parser = _Parser(
         prog="train.py",
@@ -80,28 +131,38 @@ def build_parser():
 
     add = parser.add_argument_group("experiment").add_argument
     add("--name", required=True, type=_name, help="of the experiment; its files start with it")
+    text = "what the other flags default to; a page of recipes.py"
+    add("--recipe", default="reference", choices=RECIPES, help=text)
+    text = f"other entries of the recipe: {', '.join(ENTRIES)}"
+    add("--set", nargs="+", action="extend", metavar="NAME=VALUE", default=[], help=text)
     add("--dataset", default="cifar10", choices=DATASETS, help="digits needs no download")
-    add("--model_type", default="ViT-B_16", choices=CONFIGS, help="size, and patch in pixels")
-    add("--norm_type", default="LN", choices=NORM_TYPES, help="normalization; Rescale: none")
+    text = "evaluate on the last N training images, held out, in place of the test images"
+    add("--val_split", default=0, type=any_count, metavar="N", help=text)
+    text = f"size, and patch in pixels: {', '.join(CONFIGS)}"
+    add("--model_type", choices=CONFIGS, metavar="NAME", help=text)
+    text = f"normalization, or what replaces it: {', '.join(NORM_TYPES)}"
+    add("--norm_type", default="LN", choices=NORM_TYPES, metavar="NAME", help=text)
+    text = "normalization of queries and keys, in each head"
+    add("--qk_norm", default="none", choices=QK_NORMS, help=text)
     text = "weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)"
     add("--pretrained_dir", metavar="FILE", type=_path, help=text)
-    add("--img_size", default=224, type=_number(int, 1, 4096), help="side of the input, pixels")
+    add("--img_size", type=_number(int, 1, 4096), help="side of the input, pixels")
     add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
     add("--deterministic", **yes, help="only deterministic algorithms (slower)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--train_batch_size", default=128, type=count, help="images per optimizer step, process")
+    add("--train_batch_size", type=count, help="images per optimizer step, process")
     text = "batches that an optimizer step's images are split into"
     add("--gradient_accumulation_steps", default=1, type=count, help=text)
-    add("--num_steps", default=20000, type=count, help="optimizer steps")
-    text = "peak learning rate of SGD, momentum 0.9"
-    add("--learning_rate", default=0.05, type=_number(float, 0), help=text)
-    add("--weight_decay", default=0.0, type=_number(float, 0), help="L2 penalty")
-    add("--warmup_steps", default=500, type=any_count, help="linear warmup, optimizer steps")
-    add("--decay_type", default="cosine", choices=SCHEDULES, help="decay to 0 at num_steps")
+    add("--num_steps", type=count, help="optimizer steps")
+    text = "peak learning rate"
+    add("--learning_rate", type=_number(float, 0), help=text)
+    add("--weight_decay", type=_number(float, 0), help="L2 penalty of SGD; of others decoupled")
+    add("--warmup_steps", type=any_count, help="linear warmup, optimizer steps")
+    add("--decay_type", choices=SCHEDULES, help="decay to 0 at num_steps")
     above_0 = _number(float, 0, low_allowed=False)
     text = "global norm that gradients are clipped to"
-    add("--max_grad_norm", default=1.0, type=above_0, help=text)
+    add("--max_grad_norm", type=above_0, help=text)
 
     add = parser.add_argument_group("precision and speed").add_argument
     add("--fp16", **yes, help="half precision, at the level of --fp16_opt_level")
@@ -120,8 +181,10 @@ def build_parser():
     add("--grad_checkpointing", **yes, help=text)
 
     add = parser.add_argument_group("evaluation and files").add_argument
-    add("--eval_every", default=100, type=count, help="optimizer steps between evaluations")
+    add("--eval_every", type=count, help="optimizer steps between evaluations")
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
+    text = "add each block's signal to TensorBoard at each evaluation, as plot_signal.py draws it"
+    add("--log_signal", **yes, help=text)
     add("--eval", **yes, help="evaluate the run's best checkpoint, draw its figures")
     add("--output_dir", default="output", type=_path, help="where result logs and checkpoints go")
     add("--data_dir", default="data", type=_path, help="where CIFAR is, or is downloaded to")
@@ -139,19 +202,24 @@ def build_parser():
     text = "from old launchers; torchrun's environment wins"
     add("--local_rank", "--local-rank", default=-1, type=int, help=text)
     parser.set_defaults(processes=1)  # no flag, but it decides results like one
+    entries = RECIPES[recipe]().to_dict()
+    parser.set_defaults(**OPTIMIZERS[entries["optimizer"]] | entries)
     return parser
 
 
 def parse_args(argv=None):
-    """The validated flags. A mistake exits with status 2 and one line."""
-    parser = build_parser()
+    """The validated flags and entries of the recipe. A mistake exits with status 2 and one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="reference")
+    try:
+        recipe = first.parse_known_args(argv)[0].recipe
+    except argparse.ArgumentError:
+        recipe = "reference"
+    parser = build_parser(recipe if recipe in RECIPES else "reference")
     args = parser.parse_args(argv)
-    patch = CONFIGS[args.model_type].patches.size[0]
-    if args.img_size % patch:
-        parser.error(
-            f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
-            f" of {patch} pixels"
-        )
+    _set_entries(parser, args)
+    _check_shapes(parser, args)
     if args.train_batch_size % args.gradient_accumulation_steps:
         parser.error(
             f"argument --train_batch_size: {args.train_batch_size} is not divisible by"
@@ -162,9 +230,20 @@ def parse_args(argv=None):
             f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
             f" {args.fp16_opt_level}: O1 and O2 scale the loss"
         )
+    images = TRAIN_IMAGES[args.dataset]
+    if args.val_split >= images:
+        parser.error(
+            f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
+            f" {images}"
+        )
     if args.resume and args.overwrite:
         parser.error("argument --overwrite: not together with --resume")
     if args.amp_backend == "apex":
+        if args.optimizer != "sgd" or not args.decay_all or args.ema:
+            parser.error(
+                "argument --amp_backend: apex is not allowed but with optimizer=sgd, decay_all=True"
+                " and ema=0"
+            )
         try:
             from apex import amp  # noqa: F401
         except ImportError:
@@ -176,3 +255,50 @@ def parse_args(argv=None):
     if dist_util.launched():
         args.processes = int(os.environ["WORLD_SIZE"])
     return args
+
+
+def _set_entries(parser, args):
+    """Put the values of --set where those of the recipe are; forget what the optimizer has not."""
+    named = set()
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if name not in ENTRIES or not equals:
+            allowed = ", ".join(ENTRIES)
+            parser.error(f"argument --set: {text!r} is not allowed: NAME=VALUE, NAME of {allowed}")
+        try:
+            setattr(args, name, ENTRIES[name](value))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --set: {name}={error}")
+        named.add(name)
+    del args.set
+    own, recipe = OPTIMIZERS[args.optimizer], RECIPES[args.recipe]()
+    for name in sorted({name for entries in OPTIMIZERS.values() for name in entries}):
+        if name not in named:
+            setattr(args, name, recipe.get(name, own[name]) if name in own else None)
+        elif name not in own:
+            parser.error(
+                f"argument --set: {name} is not allowed with {args.optimizer}: it has"
+                f" {', '.join(own)}"
+            )
+
+
+def _check_shapes(parser, args):
+    config = CONFIGS[args.model_type]
+    patch = config.patches.size[0]
+    if args.img_size % patch:
+        parser.error(
+            f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
+            f" of {patch} pixels"
+        )
+    if args.crop == "shift" and args.img_size != SIDE:
+        parser.error(f"argument --img_size: {args.img_size} is not allowed with crop=shift: {SIDE}")
+    if args.stem != "patch" and patch != 4:
+        parser.error(
+            f"argument --set: stem={args.stem} is not allowed with {args.model_type}: its strides"
+            " make patches of 4 pixels"
+        )
+    smallest = args.train_batch_size // args.gradient_accumulation_steps
+    if (args.mixup or args.cutmix) and smallest < 2:
+        parser.error(
+            f"argument --train_batch_size: {smallest} image in a batch, mixup and cutmix need 2"
+        )

@@ -5,15 +5,21 @@ import pickle
 import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from filelock import FileLock, Timeout
 
+from models.configs import CONFIGS
+from models.modeling import build_model
+from models.norms import NORM_TYPES
+from recipes import reference
 from utils import dist_util
+from utils.data_utils import DATASETS
 from utils.errors import UserError
 from utils.run_files import result_flags
 
-FORMAT = 2  # of the checkpoints that continue a run
+FORMAT = 3  # of the checkpoints that continue a run
 
 
 def save_checkpoint(content, path):
@@ -37,7 +43,8 @@ def save_checkpoint(content, path):
             os.close(folder)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        error = error.__context__ or error  # torch.save hides the OSError behind one of its own
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__  # torch.save hides the OSError behind its own
         if isinstance(error, OSError):
             error.filename = error.filename or str(path)
         raise error from None
@@ -82,6 +89,21 @@ def load_weights(model, state_dict, path):
                 f" {shapes[1]}".replace("None", "missing")
             )
     model.load_state_dict(state_dict)
+
+
+def load_model(path, vis=False):
+    """The model in the checkpoint `path` of a run, and the run's flags. Raises UserError."""
+    saved = load_checkpoint(path)
+    if "flags" not in saved:
+        raise UserError(f"{path} holds weights alone, not the flags of their run")
+    flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # an older run's
+    vars(flags).update(saved["flags"])
+    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
+        if getattr(flags, flag, None) not in known:
+            raise UserError(f"{path}: its {flag} {getattr(flags, flag, None)} is unknown here")
+    model = build_model(flags, len(saved["model"]["head.bias"]), vis)
+    load_weights(model, saved["model"], path)
+    return model, flags
 
 
 def find_checkpoint(args, files):

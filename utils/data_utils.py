@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from utils.errors import UserError
 
 SIDE = 32  # pixels, both ways, of every stored image
-DATASETS = ("cifar10", "cifar100", "digits")
+TRAIN_IMAGES = {"cifar10": 50000, "cifar100": 50000, "digits": 1437}
+DATASETS = tuple(TRAIN_IMAGES)
 
 
 @dataclass
@@ -67,6 +68,14 @@ def load_dataset(name, data_dir="data"):
         return images, torch.tensor(split.targets)
 
     return Dataset(*tensors(train), *tensors(test), train.classes)
+
+
+def hold_out(dataset, n):
+    """The dataset with its last n training images in place of the test images."""
+    if not n:
+        return dataset
+    images, labels = dataset.train_images, dataset.train_labels
+    return Dataset(images[:-n], labels[:-n], images[-n:], labels[-n:], dataset.classes)
 
 
 def _digits():
@@ -169,17 +178,18 @@ def resize(images, size, dtype=torch.float32):
 
 
 class TrainBatches:
-    """Training batches by number, each made on the device: `images, labels = batches(i)`.
+    """Training batches by number, each made on the device: `images, targets = batches(i)`.
 
     Batch i, counted from the start of training, depends on (seed, i) alone: each epoch's order and
-    boxes come from a generator seeded with (seed, epoch). An epoch's short last batch is used too.
+    draws come from generators seeded with (seed, epoch). An epoch's short last batch is used too.
     With several processes a batch holds batch_size images of each, process `rank` taking its part.
+    `augmentation` is an `Augmentation`.
     """
 
-    def __init__(self, dataset, batch_size, resizer, seed, device, rank=0, world_size=1):
+    def __init__(self, dataset, batch_size, augmentation, seed, device, rank=0, world_size=1):
         self.images = to_rows(dataset.train_images).to(device)
         self.labels = dataset.train_labels.to(device)
-        self.batch_size, self.resizer, self.seed = batch_size, resizer, seed
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.rank, self.world_size = rank, world_size
         total, n = batch_size * world_size, len(self.labels)
         # A rest too small to give each process an image is left out.
@@ -187,10 +197,12 @@ class TrainBatches:
         self.epoch = None
 
     def _start_epoch(self, epoch):
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        self.boxes = sample_boxes(len(self.labels), generator).to(self.labels.device)
+        seeds = np.random.SeedSequence([self.seed, epoch])
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1)[0]))
+        n, device = len(self.labels), self.labels.device
+        self.order = torch.randperm(n, generator=generator).to(device)
+        draws = self.augmentation.draw(n, generator, np.random.default_rng(seeds))
+        self.draws = {name: values.to(device) for name, values in draws.items()}
         self.epoch = epoch
 
     def indices(self, i):
@@ -202,9 +214,10 @@ class TrainBatches:
         return self.order[place * total : (place + 1) * total]
 
     def __call__(self, i):
-        """Images (b, 3, size, size) in [-1, 1] and labels (b,) of batch i, this process's part."""
+        """Images (b, 3, size, size) in [-1, 1] and targets of batch i, this process's part."""
         chosen = self.indices(i).tensor_split(self.world_size)[self.rank]
-        return self.resizer(self.images[chosen], self.boxes[chosen]), self.labels[chosen]
+        draws = {name: values[chosen] for name, values in self.draws.items()}
+        return self.augmentation(self.images[chosen], self.labels[chosen], draws)
 
 
 class TestBatches:

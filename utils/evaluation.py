@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from models.fast_cpu import accelerate
-from models.modeling import CONFIGS, VisionTransformer
+from models.modeling import build_model
 from utils import dist_util
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.data_utils import Resizer, TestBatches, load_dataset, resize
+from utils.data_utils import Resizer, TestBatches, hold_out, load_dataset, resize
 from utils.precision import Precision
 
 
@@ -38,12 +38,10 @@ def evaluate_run(args, files, device, level, half_dtype):
     from plot_attn import plot_attention
 
     saved = load_checkpoint(files.best)
-    dataset = load_dataset(args.dataset, args.data_dir)
+    dataset = hold_out(load_dataset(args.dataset, args.data_dir), args.val_split)
 
     def make_model(vis):
-        model = VisionTransformer(
-            CONFIGS[args.model_type], args.img_size, args.norm_type, len(dataset.classes), vis=vis
-        )
+        model = build_model(args, len(dataset.classes), vis)
         load_weights(model, saved["model"], files.best)
         return model
 

@@ -11,7 +11,7 @@ Half is fp16 or bf16; bf16 has fp32's range and needs no loss scale.
 Source: the optimization levels of NVIDIA's apex.amp.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -85,9 +85,18 @@ class Precision:
             if p not in kept:
                 p.data = p.data.to(self.half)
 
-    def attach(self, optimizer):
-        """Take the optimizer, made over `self.masters`, that `update` is to drive."""
-        self.optimizer = optimizer
+    def named_masters(self):
+        """The parameters that an optimizer is to update, by the model's names."""
+        masters = dict(zip(self.weights, self.masters))
+        return {n: masters[p] for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def attach(self, optimizers, ema=0.0):
+        """Take the optimizers, made over `named_masters()`, that `update` is to drive.
+
+        With a decay `ema` the weights are averaged too, for `averaged()`.
+        """
+        self.optimizers, self.ema = optimizers, ema
+        self.averages = [master.detach().clone() for master in self.masters] if ema else []
 
     def autocast(self):
         """Context of the forward pass."""
@@ -119,23 +128,51 @@ class Precision:
         scale = self.state["scale"].clone()
         finite = self._is_finite()
         self._record(finite, scale, learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("factor", 1.0)
+            self._step(optimizer, finite, scale)
+            optimizer.zero_grad()
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self.masters, 1 - self.ema)
+        self._copy_masters()
+        self._adjust_scale(finite)
+
+    def _step(self, optimizer, finite, scale):
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
             # PyTorch's fused optimizers unscale and skip by themselves, as for its GradScaler.
-            self.optimizer.grad_scale = scale if self.scaled else None
-            self.optimizer.found_inf = 1 - finite.float()
-            self.optimizer.step()
+            optimizer.grad_scale = scale if self.scaled else None
+            optimizer.found_inf = 1 - finite.float()
+            optimizer.step()
         elif finite:  # others make it wait for the device here
-            for master in self.masters:
-                if master.grad is not None:
-                    master.grad /= scale
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                for master in group["params"]:
+                    if master.grad is not None:
+                        master.grad /= scale
+            optimizer.step()
+
+    @torch.no_grad()
+    def _copy_masters(self):
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
                 weight.copy_(master)
-        self._adjust_scale(finite)
+
+    @contextmanager
+    def averaged(self):
+        """Within it the model has the averaged weights, where such are kept."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self):
+        for average, master in zip(self.averages, self.masters):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)
+        self._copy_masters()
 
     def _is_finite(self):
         """Whether the step is to be taken, the same in all processes. Averages their losses."""
@@ -193,13 +230,17 @@ class Precision:
         """All that training continues from: fp32 weights, optimizer, loss scale."""
         return {
             "model": self.model_state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "averages": [average.cpu().clone() for average in self.averages],
             "precision": {name: value.cpu().clone() for name, value in self.state.items()},
         }
 
     def load_state_dict(self, saved):
         self.load_model_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for average, state in zip(self.averages, saved["averages"], strict=True):
+            average.copy_(state)
         for name, value in self.state.items():
             value.copy_(saved["precision"][name])
 
@@ -215,20 +256,20 @@ class ApexPrecision(Precision):
         self.opt_level, self.static_scale = level, loss_scale or None  # None: the level's own
         self.scaled = level in ("O1", "O2")  # there a non-finite gradient is apex's to handle
 
-    def attach(self, optimizer):
+    def attach(self, optimizers, ema=0.0):
         from apex import amp
 
-        super().attach(optimizer)
+        super().attach(optimizers, ema)
         self.amp = amp
         amp.initialize(
-            self.model, optimizer, opt_level=self.opt_level, loss_scale=self.static_scale
+            self.model, optimizers, opt_level=self.opt_level, loss_scale=self.static_scale
         )
-        self.masters = list(amp.master_params(optimizer))
+        self.masters = [p for optimizer in optimizers for p in amp.master_params(optimizer)]
 
     def backward(self, loss, parts=1):
         loss = loss / parts
         self.loss += loss.detach()
-        with self.amp.scale_loss(loss, self.optimizer) as scaled_loss:
+        with self.amp.scale_loss(loss, self.optimizers) as scaled_loss:
             scaled_loss.backward()
 
     def clip(self, max_norm):
@@ -239,10 +280,11 @@ class ApexPrecision(Precision):
         scale = scalers["loss_scaler0"]["loss_scale"] if scalers else 1.0
         finite = self._is_finite()
         self._record(finite, torch.full_like(self.grad_norm, scale), learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("factor", 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def state_dict(self):
         return super().state_dict() | {"apex": self.amp.state_dict()}

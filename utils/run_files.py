@@ -15,7 +15,7 @@ from utils.errors import UserError
 # may change when a run is resumed.
 OPERATIONAL = (
     "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
-    " stop_after log_every grad_checkpointing"
+    " stop_after log_every log_signal grad_checkpointing"
 ).split()
 OF_HALF_PRECISION = "fp16_opt_level loss_scale half_dtype amp_backend".split()
 IN_REFERENCE_NAME = "model_type norm_type fp16 img_size pretrained_dir".split()
@@ -104,9 +104,11 @@ def _usual_file(args):
 
 def _unnamed(args):
     """What the reference's names leave out, of the flags that are not at their defaults."""
-    parser, flags = build_parser(), result_flags(args)
+    parser, flags = build_parser(args.recipe), result_flags(args)
     rest = {
-        k: v for k, v in flags.items() if v != parser.get_default(k) and k not in IN_REFERENCE_NAME
+        k: v
+        for k, v in flags.items()
+        if v not in (None, parser.get_default(k)) and k not in IN_REFERENCE_NAME
     }
     if args.pretrained_dir and flags["pretrained_dir"] != _usual_file(args):
         rest["from"] = quote(os.fsencode(flags["pretrained_dir"]), safe="")

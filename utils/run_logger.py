@@ -94,9 +94,10 @@ class RunLogger:
         self.info(f"Valid Loss: {loss:.5f}")
         self.info(f"Valid Accuracy: {accuracy:.5f}")
 
-    def log_end(self, best_accuracy: float, minutes: float) -> None:
-        """Logs the end of a run: best test accuracy in [0, 1], wall time in minutes."""
+    def log_end(self, best_accuracy: float, minutes: float, images_per_s: float) -> None:
+        """Logs the end of a run: best test accuracy in [0, 1], wall time, speed of training."""
         self.info(f"Best Accuracy: \t{best_accuracy:.6f}")
+        self.info(f"Training speed: {images_per_s:.0f} images/s")
         self.info("End Training!")
         self.info(f"last {minutes:.1f} min")
 

@@ -1,4 +1,4 @@
-"""Arrays to matplotlib figures: attention maps and training curves. Needs no torch."""
+"""Arrays to matplotlib figures: attention maps, training curves, results. Needs no torch."""
 
 import math
 from pathlib import Path
@@ -8,6 +8,16 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
 LOSS_COLOR, ACCURACY_COLOR = "tab:red", "tab:blue"
+# Told apart by the color-blind too. Source: Wong 2011 (Nature Methods 8, 441), without the yellow.
+SAFE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+BLUE, VERMILION = SAFE_COLORS[4:6]
+MARKERS = "osv^DPX*"
+SIGNAL_LABELS = {
+    "activation_rms": "RMS of the block's output",
+    "grad_norm": "norm of the block's gradients",
+    "attention_entropy": "entropy of the attention (nats)",
+    "effective_rank": "effective rank of the block's output",
+}
 
 
 def attention_rollout(weights: list[np.ndarray]) -> np.ndarray:
@@ -120,3 +130,153 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def _marker(steps) -> str | None:
     """Marks the points of a short curve: a line through a single one would not be seen."""
     return "." if len(steps) <= 20 else None
+
+
+def signal_figure(lines: list[tuple]) -> Figure:
+    """Four quantities over the blocks, a panel each; one color a group, one marker a line.
+
+    lines: (label, group, solid, {quantity: one value a block}) of each, dashed if not `solid`.
+    The quantities are those of utils/signal_stats.py.
+    """
+    figure = Figure(figsize=(10, 7 + 0.1 * len(lines)), layout="constrained")
+    panels = dict(zip(SIGNAL_LABELS, figure.subplots(2, 2, sharex=True).flat))
+    groups = list(dict.fromkeys(group for _, group, _, _ in lines))
+    for i, (label, group, solid, values) in enumerate(lines):
+        style = {
+            "color": SAFE_COLORS[groups.index(group) % len(SAFE_COLORS)],
+            "linestyle": "-" if solid else "--",
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for name, axes in panels.items():
+            blocks = range(1, len(values[name]) + 1)
+            axes.plot(blocks, values[name], label=label, linewidth=1.2, markersize=4, **style)
+    for name, axes in panels.items():
+        if name in ("activation_rms", "grad_norm"):
+            axes.set_yscale("log")
+        axes.set_ylabel(SIGNAL_LABELS[name])
+        axes.locator_params(axis="x", integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        if axes.get_subplotspec().is_last_row():
+            axes.set_xlabel("block")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
+    return figure
+
+
+def method_figure(accuracies: dict[str, list], title: str) -> Figure:
+    """Each method's final test accuracy, the best on top: a dot a seed, a bar their mean.
+
+    accuracies: method -> accuracies in [0, 1]; without any the method stands at the bottom. The
+    mean of LN is a line.
+    """
+    means = {m: 100 * np.mean(values) if values else math.nan for m, values in accuracies.items()}
+    methods = sorted(means, key=lambda method: np.nan_to_num(means[method], nan=-1))
+    dots = [(100 * value, row) for row, m in enumerate(methods) for value in accuracies[m]]
+    figure = Figure(figsize=(7, 1.6 + 0.27 * len(methods)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*np.reshape(dots, (-1, 2)).T, "o", color=BLUE, alpha=0.6, label="one seed")
+    bar = {"color": "black", "markersize": 13, "markeredgewidth": 2}
+    bars = [means[method] for method in methods]
+    axes.plot(bars, range(len(methods)), "|", label="mean over the seeds", **bar)
+    baseline = _baseline({m: value for m, value in means.items() if accuracies[m]})
+    if baseline:
+        style = {"color": VERMILION, "linestyle": "--", "linewidth": 1, "zorder": 0}
+        axes.axvline(means[baseline], label=f"mean of {baseline}", **style)
+    axes.set(title=title, xlabel="test accuracy at the end of the schedule (%)")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(-0.6, len(methods) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return figure
+
+
+def learning_rate_figure(sweeps: dict[str, dict], title: str) -> Figure:
+    """Validation accuracy over the peak learning rate, a panel a method; LN's line is in each.
+
+    sweeps: method -> {learning rate: accuracy in [0, 1], or None where all runs diverged}.
+    """
+    rows = math.ceil(len(sweeps) / 6)
+    columns = math.ceil(len(sweeps) / rows)
+    size = (max(2.2 * columns, 6), 2 * rows + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel in grid.flat[len(sweeps) :]:
+        panel.set_visible(False)
+    curves = {
+        method: [(rate, 100 * value) for rate, value in sorted(sweep.items()) if value is not None]
+        for method, sweep in sweeps.items()
+    }
+    baseline = _baseline(
+        {m: max(value for _, value in curve) for m, curve in curves.items() if curve}
+    )
+    rates = sorted({rate for sweep in sweeps.values() for rate in sweep})
+    for panel, method in zip(grid.flat, sweeps, strict=False):
+        for other in sorted(curves, key=lambda other: (other == baseline, other)):
+            if other != method and curves[other]:
+                style = {"color": "0.85", "linewidth": 1, "label": "other methods"}
+                if other == baseline:
+                    style = {"color": "black", "linestyle": "--", "label": baseline}
+                panel.plot(*zip(*curves[other]), **style)
+        if curves[method]:
+            style = {"color": BLUE, "marker": "o", "markersize": 4}
+            panel.plot(*zip(*curves[method]), label="the panel's method", **style)
+        diverged = [rate for rate, value in sweeps[method].items() if value is None]
+        if diverged:  # at the panel's bottom, whatever its scale
+            style = {"color": VERMILION, "transform": panel.get_xaxis_transform()}
+            panel.plot(diverged, [0.06] * len(diverged), "X", label="diverged", **style)
+        panel.set_title(method.replace(", ", "\n"), fontsize="small")
+        panel.set_xscale("log")
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=60, fontsize="x-small")
+        panel.minorticks_off()
+        panel.margins(x=0.1)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    for column in range(columns):  # the lowest panel of a column that an empty place ends
+        lowest = [panel for panel in grid[:, column] if panel.get_visible()][-1]
+        lowest.tick_params(axis="x", labelbottom=True)
+        lowest.set_xlabel("peak learning rate", fontsize="small")
+    figure.suptitle(title)
+    figure.supylabel("final validation accuracy (%)")
+    legend = {}
+    for panel in grid.flat:
+        legend |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels())}
+    place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": "small"}
+    figure.legend(legend.values(), legend.keys(), **place)
+    return figure
+
+
+def compute_figure(runs: list[tuple], published: list[tuple]) -> Figure:
+    """CIFAR-10 test accuracy over the compute of training.
+
+    runs, published: (label, PFLOP, accuracy in [0, 1]) each; runs of one label share a color.
+    """
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for number, label in enumerate(dict.fromkeys(label for label, *_ in runs)):
+        points = [(pflop, 100 * value) for text, pflop, value in runs if text == label]
+        color = SAFE_COLORS[1:][number % 6]  # black is for the published
+        style = {"color": color, "marker": MARKERS[number % 7], "linestyle": "", "alpha": 0.7}
+        axes.plot(*zip(*points), label=label, **style)
+    points = [(pflop, 100 * value) for _, pflop, value in published]
+    axes.plot(*zip(*points), "*", color="black", markersize=9, label="published")
+    for (text, *_), point in zip(published, points):
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, point, fontsize="x-small", **place)
+    axes.set_xscale("log")
+    axes.margins(x=0.1, y=0.1)
+    axes.set(xlabel="compute of training (PFLOP)", ylabel="CIFAR-10 test accuracy (%)")
+    axes.set_title("From scratch, at the end of training")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def _baseline(accuracies: dict[str, float]) -> str | None:
+    """LN, of several settings with it the best."""
+    of_ln = [method for method in accuracies if method.replace(",", " ").split()[0] == "LN"]
+    return max(of_ln, key=accuracies.get, default=None)

@@ -1,0 +1,121 @@
+"""Draws how the signal travels through the blocks of models at their start and after training.
+
+    python3 plot_signal.py --norm_type LN Rescale --model_type ViT-Ti_4 --img_size 32
+    python3 plot_signal.py output/*_final.bin
+    python3 plot_signal.py output/*_final.bin --norm_type LN Rescale
+
+Writes {out_dir}/signal.png: the RMS of each block's output, its gradients' norm, the entropy of its
+attention and the effective rank of its output, as utils/signal_stats.py defines them, on the first
+128 test images. Without arguments: all norm types at their start. Models at their start are those
+of the first checkpoint's flags, where there is one, with the seed its run began with.
+
+A norm type that measures its first training batches is first run on as many in training mode, 128
+images each, uncropped. The others are taken as constructed: BatchNorm normalizes nothing yet.
+"""
+
+import argparse
+import functools
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from models.configs import CONFIGS
+from models.modeling import build_model
+from models.norms import MEASURING_STEPS, NORM_TYPES
+from utils.args import parse_args
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.data_utils import DATASETS, load_dataset, resize
+from utils.errors import UserError, reported
+from utils.signal_stats import signal_stats
+from utils.vis_utils import save_figure, signal_figure
+
+OUT_DIR = "img/plot_signal"
+IMAGES = 128  # that are measured, and in each batch of a norm type that measures
+AT_START = {"model_type": "ViT-Ti_4", "img_size": 32, "dataset": "cifar10"}  # by default
+
+
+def model_at_start(flags, dataset):
+    """The model of `flags` as training begins with it; what measures its first batches has done so.
+
+    Seeds the random state.
+    """
+    torch.manual_seed(flags.seed)
+    model = build_model(flags, len(dataset.classes))
+    if any(getattr(module, "measuring", False) for module in model.modules()):
+        with torch.no_grad():
+            for images in dataset.train_images.split(IMAGES)[:MEASURING_STEPS]:
+                model.train()(resize(images, flags.img_size))
+    return model
+
+
+def check_flags(flags, source):
+    """Raise UserError, which names their `source`, if there is no model of these flags."""
+    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
+        if flags.get(flag) not in known:
+            names = ", ".join(known)
+            raise UserError(f"{source}{flag} {flags.get(flag)} is unknown here, not of: {names}")
+    size, patch = flags.get("img_size"), CONFIGS[flags["model_type"]].patches.size[0]
+    if not isinstance(size, int) or size < 1 or size % patch:
+        raise UserError(f"{source}img_size {size} is not a multiple of the patch of {patch} pixels")
+
+
+@reported
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
+    text = "models at their start (all norm types, if no checkpoint is given)"
+    parser.add_argument("--norm_type", nargs="+", metavar="NORM", help=text)
+    text = "of models at their start (as the first checkpoint, else ViT-Ti_4)"
+    parser.add_argument("--model_type", metavar="MODEL", help=text)
+    text = "of their input, pixels (as the first checkpoint, else 32)"
+    parser.add_argument("--img_size", type=int, metavar="SIDE", help=text)
+    text = "of their images (as the first checkpoint, else cifar10)"
+    parser.add_argument("--dataset", metavar="NAME", help=text)
+    parser.add_argument("--data_dir", default="data", help="folder of the datasets (%(default)s)")
+    parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
+    args = parser.parse_args()
+
+    defaults = vars(parse_args(["--name", "none"]))  # what the flags of older checkpoints lack
+    runs = []
+    for path in args.checkpoints:
+        checkpoint = load_checkpoint(path)
+        if "flags" not in checkpoint:
+            raise UserError(f"{path} holds weights alone, not the flags of their run")
+        check_flags(checkpoint["flags"], f"{path}: its ")
+        runs.append((path, checkpoint["model"], Namespace(**defaults | checkpoint["flags"])))
+    given = {name: getattr(args, name) for name in AT_START if getattr(args, name) is not None}
+    base = (vars(runs[0][2]) if runs else defaults | AT_START) | given
+    norm_types = args.norm_type or ([] if runs else NORM_TYPES)
+    starts = [Namespace(**base | {"norm_type": norm_type}) for norm_type in norm_types]
+    for flags in starts:
+        check_flags(vars(flags), "--")
+
+    dataset_of = functools.cache(lambda name: load_dataset(name, args.data_dir))
+
+    def line(label, model, flags, solid):
+        dataset = dataset_of(flags.dataset)
+        images = resize(dataset.test_images[:IMAGES], flags.img_size)
+        stats = signal_stats(model, images, dataset.test_labels[:IMAGES])
+        return label, flags.norm_type, solid, stats
+
+    lines = []
+    for flags in starts:
+        model = model_at_start(flags, dataset_of(flags.dataset))
+        label = f"{flags.model_type} {flags.norm_type}, at the start"
+        lines.append(line(label, model, flags, solid=False))
+    labels = [f"{flags.model_type} {flags.norm_type}, trained" for _, _, flags in runs]
+    for (path, state, flags), label in zip(runs, labels):
+        model = build_model(flags, len(dataset_of(flags.dataset).classes))
+        load_weights(model, state, path)
+        if labels.count(label) > 1:  # runs alike are told apart by their files
+            label = Path(path).stem
+        lines.append(line(label, model, flags, solid=True))
+    print(save_figure(signal_figure(lines), Path(args.out_dir) / "signal.png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Recipes: what --recipe chooses. Each is a page: what it is for, what it costs, what it reached.
+
+A recipe sets flags of train.py (which override it on the command line) and entries that have no
+flag (which `--set name=value` overrides). `reference` has all entries; others say what differs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def reference():
+    """The training of the 2021 course project: ViT-B_16 from scratch at 224 px.
+
+        python3 train.py --name cifar10-100_500 --norm_type LN --fp16
+
+    251 PFLOP for 20,000 steps. Its best run from scratch reached 69.7 % on CIFAR-10.
+    """
+    return ConfigDict(
+        {
+            # Flags
+            "model_type": "ViT-B_16",
+            "img_size": 224,
+            "train_batch_size": 128,
+            "num_steps": 20000,
+            "learning_rate": 0.05,
+            "weight_decay": 0.0,
+            "warmup_steps": 500,
+            "decay_type": "cosine",
+            "max_grad_norm": 1.0,
+            "eval_every": 100,
+            # Optimizer: sgd, adamw, or muon for the blocks' matrices with AdamW for the rest
+            "optimizer": "sgd",
+            "momentum": 0.9,
+            "decay_all": True,  # weight decay of gains, biases and positions too
+            "ema": 0.0,  # decay of the averaged weights that are evaluated; 0: none
+            # Data: crop is resized (a random part, at least smallest_crop of the area) or shift
+            "crop": "resized",
+            "smallest_crop": 0.05,
+            "shift": 4,  # pixels, with reflected borders
+            "flip": False,
+            "randaugment_ops": 0,
+            "randaugment_magnitude": 9,  # of 30
+            "mixup": 0.0,  # alpha; 0: none
+            "cutmix": 0.0,
+            "mix_share": 1.0,  # of the images, that are mixed at all
+            "label_smoothing": 0.0,
+            # Model
+            "dropout": 0.1,
+            "drop_path": 0.0,  # of the last block; from 0 linearly over the depth
+            "pool": "token",  # or mean, without a class token
+            "positions": "learned",  # or sincos
+            "stem": "patch",  # or conv, conv_bn: two convolutions, no plain ViT
+            "zero_head": False,
+            "zero_branches": False,  # but for norm types whose branches have a start of their own
+        }
+    )
+
+
+def small():
+    """Small models at 32 px from scratch, in minutes on two CPU cores.
+
+    python3 train.py --name small --recipe small --norm_type LN
+    """
+    recipe = reference()
+    del recipe.momentum  # it is Muon's own
+    recipe.update(
+        model_type="ViT-64x4_4",
+        img_size=32,
+        num_steps=3128,  # 8 epochs
+        learning_rate=0.02,
+        weight_decay=0.02,
+        warmup_steps=156,  # 5 %
+        decay_type="linear",
+        eval_every=391,
+        optimizer="muon",
+        decay_all=False,
+        crop="shift",
+        flip=True,
+        label_smoothing=0.1,
+        dropout=0.0,
+        pool="mean",
+        positions="sincos",
+        zero_head=True,
+        zero_branches=True,
+    )
+    return recipe
+
+
+def bench():
+    """The comparison of all norm types, `sh train_small.sh`: `small`, cut to 0.008 PFLOP a run."""
+    recipe = small()
+    recipe.update(num_steps=1000, warmup_steps=100, eval_every=1000)
+    return recipe
+
+
+RECIPES = {"reference": reference, "small": small, "bench": bench}
+
+# What each optimizer has, where the recipe does not say otherwise. Muon's matrices are those of the
+# blocks; AdamW takes the rest, at adamw_factor times their learning rate.
+OPTIMIZERS = {
+    "sgd": {"momentum": 0.9},
+    "adamw": {"betas": (0.9, 0.95)},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "adamw_factor": 0.15},
+}

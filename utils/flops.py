@@ -1,0 +1,25 @@
+"""The compute of a training, counted."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.modeling import build_model
+from models.norm_layers import Measuring
+
+
+def training_pflop(flags, num_classes):
+    """PFLOP of all steps' forward and backward passes; a multiply-add is two operations.
+
+    Each step counts as a full one, and as what it is once all layers have measured.
+    """
+    parts = flags.gradient_accumulation_steps
+    with torch.device("meta"):
+        model = build_model(flags, num_classes)
+        images = torch.empty(flags.train_batch_size // parts, 3, flags.img_size, flags.img_size)
+        labels = torch.zeros(len(images), dtype=torch.long)
+    for module in model.modules():
+        if isinstance(module, Measuring):
+            module.calls = Measuring.MEASURING_CALLS
+    with FlopCounterMode(display=False) as counter:
+        model(images, labels).backward()
+    return counter.get_total_flops() * parts * flags.num_steps * flags.processes / 1e15
