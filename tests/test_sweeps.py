@@ -1,6 +1,7 @@
 """The sweeps as their user runs them: sh train1.sh, sh train3.sh."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 import pytest
 from programs import ROOT, environment
 
+from models.norms import NORM_TYPES
 from utils.args import parse_args
+from utils.log_reader import read_log
 
 MODELS = ("ViT-B_16", "ViT-B_32", "ViT-L_32", "ViT-L_16")
 NORMS = ("LN", "BN", "GN", "Rescale")
@@ -130,3 +133,24 @@ def test_control_c(tmp_path):
     assert process.returncode in (130, -signal.SIGINT)
     assert "Stopped by SIGINT" in log.read_text()
     assert [*(tmp_path / "out").glob("*.txt")] == [log] and "_norm_LN_" in log.name
+
+
+def test_the_bench_chooses_rates_and_runs_seeds(tmp_path):
+    """Truth: the learning rate whose log has the best last validation accuracy; then two seeds."""
+    flags = "--num_steps 12 --warmup_steps 2 --train_batch_size 16 --eval_every 12"
+    words = {"NORMS": "RMS", "RATES": "1e-6 0.02", "SEEDS": "1 2", "HELD_OUT": "300"}
+    errors, printed, status = sweep("train_small.sh", tmp_path, flags, DATASET="digits", **words)
+    assert status == 0, errors
+    assert printed.splitlines()[-1].endswith("0 of 4 trainings failed")
+    logs = [read_log(path) for path in tmp_path.glob("output/*.txt")]
+    rates = {r.final_accuracy: r.flags for r in logs if r.name == "rates"}
+    assert len(rates) == 2 and {flags["val_split"] for flags in rates.values()} == {300}
+    best = rates[max(rates)]["learning_rate"]
+    seeds = [run.flags for run in logs if run.name == "seeds"]
+    assert sorted((f["seed"], f["learning_rate"]) for f in seeds) == [(1, best), (2, best)]
+    assert {(f["val_split"], f["norm_type"]) for f in seeds} == {(0, "RMS")}
+
+
+def test_the_bench_knows_all_norm_types():
+    names = re.search(r'^all="(.*?)"', (ROOT / "train_small.sh").read_text(), re.M | re.S)[1]
+    assert names.split() == list(NORM_TYPES)
