@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import NORMS, NoSynchronization, batch, sgd, small_model
+from small import NORMS, NoSynchronization, batch, recipe, sgd, small_model
 from torch import nn
 
+from recipes import OPTIMIZERS as RECIPE_OPTIMIZERS
 from utils import precision as precision_module
+from utils.optimizers import make_optimizers
 from utils.precision import ApexPrecision, Precision
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -295,10 +297,12 @@ def test_a_bad_loss_with_good_gradients_is_skipped(level, loss_scale, offset):
     assert math.isfinite(bad.grad_norm) and not math.isfinite(bad.loss)
 
 
+MUON = recipe(optimizer="muon", decay_all=False, weight_decay=0.01, **RECIPE_OPTIMIZERS["muon"])
 OPTIMIZERS = {
-    "RMSprop": torch.optim.RMSprop,  # which knows nothing of found_inf
-    "AdamW": torch.optim.AdamW,
-    "fused AdamW": lambda masters: torch.optim.AdamW(masters, fused=True),
+    "RMSprop": lambda p: [torch.optim.RMSprop(p.masters)],  # which knows nothing of found_inf
+    "AdamW": lambda p: [torch.optim.AdamW(p.masters)],
+    "fused AdamW": lambda p: [torch.optim.AdamW(p.masters, fused=True)],
+    "Muon": lambda p: make_optimizers(MUON, p.named_masters()),
 }
 
 
@@ -309,7 +313,7 @@ def test_other_optimizers_skip_too(level, optimizer):
     runs = []
     for loss_scale in (64.0, 0.0):
         precision = Precision(small_model(), level, BF16, loss_scale)
-        precision.attach([OPTIMIZERS[optimizer](precision.masters)])
+        precision.attach(OPTIMIZERS[optimizer](precision))
         one_step(precision, 0, rate=1e-3)
         before = weights_of(precision)
         if loss_scale:

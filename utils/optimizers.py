@@ -65,28 +65,39 @@ class Muon(torch.optim.Muon):
     Nesterov's, five steps of Newton-Schulz, and lr sqrt(max(1, rows/columns)).
     """
 
+    _step_supports_amp_scaling = True  # like PyTorch's fused optimizers, it unscales and skips
+    grad_scale = found_inf = None
+
     @torch.no_grad()
     def step(self, closure=None):
+        taken = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0: a skipped step
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                updates = orthogonalized(self._momentum(group, params), group)
-                lr = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-lr)
+            for params in shapes.values():
+                self._step(params, group, taken)
 
-    def _momentum(self, group, params):
-        """The gradients with momentum, stacked: (matrices, rows, columns)."""
+    def _step(self, params, group, taken):
+        """The step of some matrices of one shape, stacked: (matrices, rows, columns)."""
+        grads = torch.stack([p.grad for p in params])
+        if self.found_inf is not None:
+            grads = grads.where(self.found_inf == 0, 0)
+        if self.grad_scale is not None:
+            grads = grads / self.grad_scale
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        return torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        momentum = torch.stack(buffers).lerp(grads, (1 - group["momentum"]) * taken)
+        torch._foreach_copy_(buffers, momentum.unbind())
+        rows, columns = params[0].shape
+        lr = group["lr"] * taken
+        updates = orthogonalized(grads.lerp(momentum, group["momentum"]), group)
+        updates = updates.to(grads.dtype) * (-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates.unbind())
 
 
 def orthogonalized(x, group):
