@@ -18,7 +18,7 @@ all="LN BN GN RMS DyT Derf ISRU RepBN Post DeepNorm ResPost Peri LNS Keel LayerS
     Rescale RescaleNet TFixup SigmaReparam"
 
 for norm in ${NORMS:-$all}; do
-    for rate in ${RATES:-0.01 0.02 0.04 0.08}; do
+    for rate in ${RATES:-0.005 0.01 0.02 0.04}; do
         train --name rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
             --learning_rate "$rate" --val_split "${HELD_OUT:-5000}" --resume "$@"
     done

@@ -15,6 +15,7 @@ from models.modeling import build_model
 from models.norms import NORM_TYPES
 from recipes import reference
 from utils import dist_util
+from utils.args import ENTRIES
 from utils.data_utils import DATASETS
 from utils.errors import UserError
 from utils.run_files import result_flags
@@ -146,7 +147,10 @@ def _check_continues(args, saved, path):
     if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
         differing -= {"num_steps"}  # during the warmup the schedule does not depend on it
     if differing:
-        texts = (f"--{k} {ours.get(k)} (there {theirs.get(k)!r})" for k in sorted(differing))
+        dashes = {k: "" if k in ENTRIES else "--" for k in differing}
+        texts = (
+            f"{dashes[k]}{k} {ours.get(k)} (there {theirs.get(k)!r})" for k in sorted(differing)
+        )
         raise UserError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
 
 

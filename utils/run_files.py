@@ -117,7 +117,8 @@ def _unnamed(args):
 
 def _suffix(flags):
     # A comma cannot be in --name: two runs never come to the same file name.
-    text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in flags.items())
+    values = {k: "_".join(map(str, v)) if isinstance(v, tuple) else v for k, v in flags.items()}
+    text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in values.items())
     if len(text) <= 90:
         return text
     return "," + hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -60,7 +60,8 @@ class RunLogger:
         self.info(f"Training parameters {args}")
         self.text("flags", str(args))
         parameters = sum(p.numel() for p in model.parameters())
-        self.info(f"Total Parameter: \t{parameters / 1e6:.1f}M")
+        digits = 1 if parameters >= 1e6 else 3
+        self.info(f"Total Parameter: \t{parameters / 1e6:.{digits}f}M")
         self.info(f"Environment: {_environment()}")
         self.info(f"Chosen for this machine: {machine}")
         parts = args.gradient_accumulation_steps
