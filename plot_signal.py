@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 
-from models.configs import CONFIGS
 from models.modeling import build_model
 from models.norms import MEASURING_STEPS, NORM_TYPES
 from utils.args import parse_args
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.data_utils import DATASETS, load_dataset, resize
-from utils.errors import UserError, reported
+from utils.checkpoint import check_flags, load_model
+from utils.data_utils import load_dataset, resize
+from utils.errors import reported
 from utils.signal_stats import signal_stats
 from utils.vis_utils import save_figure, signal_figure
 
@@ -50,17 +49,6 @@ def model_at_start(flags, dataset):
     return model
 
 
-def check_flags(flags, source):
-    """Raise UserError, which names their `source`, if there is no model of these flags."""
-    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
-        if flags.get(flag) not in known:
-            names = ", ".join(known)
-            raise UserError(f"{source}{flag} {flags.get(flag)} is unknown here, not of: {names}")
-    size, patch = flags.get("img_size"), CONFIGS[flags["model_type"]].patches.size[0]
-    if not isinstance(size, int) or size < 1 or size % patch:
-        raise UserError(f"{source}img_size {size} is not a multiple of the patch of {patch} pixels")
-
-
 @reported
 def main():
     parser = argparse.ArgumentParser(
@@ -79,20 +67,13 @@ def main():
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
     args = parser.parse_args()
 
-    defaults = vars(parse_args(["--name", "none"]))  # what the flags of older checkpoints lack
-    runs = []
-    for path in args.checkpoints:
-        checkpoint = load_checkpoint(path)
-        if "flags" not in checkpoint:
-            raise UserError(f"{path} holds weights alone, not the flags of their run")
-        check_flags(checkpoint["flags"], f"{path}: its ")
-        runs.append((path, checkpoint["model"], Namespace(**defaults | checkpoint["flags"])))
+    runs = [(path, *load_model(path)) for path in args.checkpoints]
     given = {name: getattr(args, name) for name in AT_START if getattr(args, name) is not None}
-    base = (vars(runs[0][2]) if runs else defaults | AT_START) | given
+    base = vars(runs[0][2]) if runs else vars(parse_args(["--name", "none"])) | AT_START
     norm_types = args.norm_type or ([] if runs else NORM_TYPES)
-    starts = [Namespace(**base | {"norm_type": norm_type}) for norm_type in norm_types]
+    starts = [Namespace(**base | given | {"norm_type": norm_type}) for norm_type in norm_types]
     for flags in starts:
-        check_flags(vars(flags), "--")
+        check_flags(flags, "--")
 
     dataset_of = functools.cache(lambda name: load_dataset(name, args.data_dir))
 
@@ -108,9 +89,7 @@ def main():
         label = f"{flags.model_type} {flags.norm_type}, at the start"
         lines.append(line(label, model, flags, solid=False))
     labels = [f"{flags.model_type} {flags.norm_type}, trained" for _, _, flags in runs]
-    for (path, state, flags), label in zip(runs, labels):
-        model = build_model(flags, len(dataset_of(flags.dataset).classes))
-        load_weights(model, state, path)
+    for (path, model, flags), label in zip(runs, labels):
         if labels.count(label) > 1:  # runs alike are told apart by their files
             label = Path(path).stem
         lines.append(line(label, model, flags, solid=True))

@@ -116,11 +116,11 @@ class ResPost(Block):
 class Peri(Block):
     """x <- x + Norm(Attn(Norm(x)));  x <- x + Norm(MLP(Norm(x))), with four norms.
 
-    Source: Kim et al. 2025 (arXiv 2502.02732), equation 3; as Gemma 2 has it.
+    Source: Kim et al. 2025 (arXiv 2502.02732), equation 3. Gemma 2 places its RMSNorms so.
     """
 
     after_attention = ("attention_out_norm", "ffn_norm", "ffn_out_norm")
-    own_start = True
+    own_start = True  # the outer norms would divide branches of zeros
 
     def add_norms(self, norm, dim):
         super().add_norms(norm, dim)

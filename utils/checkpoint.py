@@ -99,12 +99,21 @@ def load_model(path, vis=False):
         raise UserError(f"{path} holds weights alone, not the flags of their run")
     flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # an older run's
     vars(flags).update(saved["flags"])
-    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
-        if getattr(flags, flag, None) not in known:
-            raise UserError(f"{path}: its {flag} {getattr(flags, flag, None)} is unknown here")
+    check_flags(flags, f"{path}: its ")
     model = build_model(flags, len(saved["model"]["head.bias"]), vis)
     load_weights(model, saved["model"], path)
     return model, flags
+
+
+def check_flags(flags, source):
+    """Raise UserError, which names their `source`, if there is no model of these flags."""
+    for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
+        value = getattr(flags, flag, None)
+        if value not in known:
+            raise UserError(f"{source}{flag} {value} is unknown here, not of: {', '.join(known)}")
+    size, patch = flags.img_size, CONFIGS[flags.model_type].patches.size[0]
+    if not isinstance(size, int) or size < 1 or size % patch:
+        raise UserError(f"{source}img_size {size} is not a multiple of the patch of {patch} pixels")
 
 
 def find_checkpoint(args, files):
