@@ -7,7 +7,7 @@
 
 Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
 minutes. Other recipes' runs count at the end of their schedule, over seeds. Runs with --val_split
-are a sweep: validation accuracy by learning rate. What is no result log is passed over.
+are a sweep: validation accuracy by learning rate. Files that are no result logs are passed over.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from utils.comparison import best_learning_rates, grouped, settings, split
 from utils.errors import UserError, reported
-from utils.log_reader import RunLog, best_learning_rates, grouped, read_log, settings, split
+from utils.log_reader import RunLog, read_log
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
 
 MARKERS = "<!-- results -->", "<!-- /results -->"  # each a line of its own

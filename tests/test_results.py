@@ -11,7 +11,8 @@ from matplotlib.image import imread
 from programs import ROOT, call, refused, run, write_log
 
 import results
-from utils.log_reader import best_learning_rates, read_log
+from utils.comparison import best_learning_rates
+from utils.log_reader import read_log
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure
 
 OUR_LOGS = sorted((ROOT / "output").glob("*.txt"))

@@ -6,11 +6,9 @@ lines. One that starts with "Process rank" opens a run, and a log may hold sever
 
 import ast
 import re
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 from utils.errors import UserError
 
@@ -24,13 +22,12 @@ EVALUATION = re.compile(
 NEEDED = {"dataset", "model_type", "norm_type", "fp16", "img_size", "pretrained_dir"}  # flags
 # Flags that older logs lack, and what their runs did.
 OLDER = {"recipe": "reference", "optimizer": "sgd", "qk_norm": "none", "val_split": 0}
-# Flags that tell no settings apart: how a run was carried out, and what a group or the method's
-# name says already.
-NO_SETTING = set(
-    "name output_dir data_dir device n_gpu gpu_id local_rank eval eval_batch_size eval_every"
-    " log_every log_signal save_every stop_after resume overwrite grad_checkpointing set"
-    " dataset recipe model_type num_steps norm_type learning_rate seed".split()
-)
+# Flags that decide neither the weights nor which of them count as best: they are in no file name,
+# and may change when a run is resumed.
+OPERATIONAL = (
+    "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
+    " stop_after log_every log_signal grad_checkpointing"
+).split()
 
 
 @dataclass(frozen=True)
@@ -124,71 +121,6 @@ def is_finished(path) -> bool:
         return read_log(path).finished
     except (OSError, ValueError):
         return False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Runs of one method and peak learning rate, which differ in their seeds alone."""
-
-    method: str
-    rate: float
-    runs: list[RunLog]
-
-    @property
-    def accuracies(self) -> list[float]:
-        """In [0, 1], at the end of the schedule, one a seed; a run that did not end has none."""
-        ended = [run for run in self.runs if run.finished and run.steps]
-        return list({run.flags.get("seed"): run.final_accuracy for run in ended}.values())
-
-    @property
-    def mean(self) -> float | None:
-        return mean(self.accuracies) if self.accuracies else None
-
-    @property
-    def diverged(self) -> int:
-        return sum(run.diverged for run in self.runs)
-
-
-def grouped(runs) -> list[tuple]:
-    """((dataset, recipe, model_type, num_steps), its runs) of all of these, sorted."""
-    groups = defaultdict(list)
-    for run in runs:
-        steps = run.flags.get("num_steps", 0)
-        groups[run.dataset, run.flags["recipe"], run.model_type, steps].append(run)
-    return sorted(groups.items())
-
-
-def settings(runs: list[RunLog]) -> list[Setting]:
-    """The runs by method, then by learning rate.
-
-    A method is its norm type and the other flags that are not the same in all of `runs`.
-    """
-    names = {name for run in runs for name in run.flags} - NO_SETTING
-    names = [n for n in sorted(names) if len({str(run.flags.get(n)) for run in runs}) > 1]
-    found = defaultdict(list)
-    for run in runs:
-        values = [(name, run.flags.get(name)) for name in names]
-        words = [f"{name}={value}" for name, value in values if value not in (None, "none")]
-        method = ", ".join([run.norm_type, *words])
-        found[method, run.flags.get("learning_rate", 0.0)].append(run)
-    return [Setting(*key, members) for key, members in sorted(found.items())]
-
-
-def split(runs) -> tuple[list, list, list]:
-    """The test runs of the reference's recipe, those of others, and the runs on held-out images."""
-    tests = [run for run in runs if not run.flags["val_split"]]
-    reference = [run for run in tests if run.flags["recipe"] == "reference"]
-    others = [run for run in tests if run.flags["recipe"] != "reference"]
-    return reference, others, [run for run in runs if run.flags["val_split"]]
-
-
-def best_learning_rates(runs: list[RunLog]) -> dict[str, float]:
-    """{method: learning rate} of the best final validation accuracy among the finished runs."""
-    best = {}
-    for setting in settings(split(runs)[2]):
-        if setting.mean is not None and setting.mean > best.get(setting.method, (-1,))[0]:
-            best[setting.method] = setting.mean, setting.rate
-    return {method: rate for method, (_, rate) in best.items()}
 
 
 def messages(text: str) -> str:

@@ -10,13 +10,8 @@ from urllib.parse import quote
 
 from utils.args import build_parser
 from utils.errors import UserError
+from utils.log_reader import OPERATIONAL
 
-# Flags that decide neither the weights nor which of them count as best: they are in no name, and
-# may change when a run is resumed.
-OPERATIONAL = (
-    "name output_dir data_dir eval eval_batch_size gpu_id local_rank resume overwrite save_every"
-    " stop_after log_every log_signal grad_checkpointing"
-).split()
 OF_HALF_PRECISION = "fp16_opt_level loss_scale half_dtype amp_backend".split()
 IN_REFERENCE_NAME = "model_type norm_type fp16 img_size pretrained_dir".split()
 
