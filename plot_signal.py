@@ -27,11 +27,10 @@ from utils.args import parse_args
 from utils.checkpoint import check_flags, load_model
 from utils.data_utils import load_dataset, resize
 from utils.errors import reported
-from utils.signal_stats import signal_stats
+from utils.signal_stats import IMAGES, signal_stats
 from utils.vis_utils import save_figure, signal_figure
 
 OUT_DIR = "img/plot_signal"
-IMAGES = 128  # that are measured, and in each batch of a norm type that measures
 AT_START = {"model_type": "ViT-Ti_4", "img_size": 32, "dataset": "cifar10"}  # by default
 
 

@@ -32,10 +32,8 @@ from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_files import RunFiles, result_flags
 from utils.run_logger import RunLogger
 from utils.scheduler import SCHEDULES
-from utils.signal_stats import signal_scalars, signal_stats
+from utils.signal_stats import signal_scalars
 from utils.stop_signal import StopSignal
-
-SIGNAL_IMAGES = 128  # that --log_signal measures
 
 
 @reported
@@ -144,21 +142,18 @@ def train(args, files, device, stop):
             forward = eval_model if step >= MEASURING_STEPS else model
             with precision.averaged():
                 result = evaluate(forward, test_batches, precision, stop)
-                is_best = bool(result) and result[1] > run["best_accuracy"]
                 if result:
                     loss, run["accuracy"] = result
                     run["evaluated"] = step
                     log.log_evaluation(step, loss, run["accuracy"])
                     log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
                     if args.log_signal and dist_util.is_main():
-                        images, labels = next(iter(test_batches))
-                        stats = signal_stats(model, images[:SIGNAL_IMAGES], labels[:SIGNAL_IMAGES])
-                        log.scalars(step, signal_scalars(stats))
-                if is_best:
-                    run["best_accuracy"] = run["accuracy"]
-                    if dist_util.is_main():
-                        save_weights(files.best, precision, run, args)
-                    log.info(f"Saved model checkpoint to [DIR: {args.output_dir}]")
+                        log.scalars(step, signal_scalars(model, *next(iter(test_batches))))
+                    if run["accuracy"] > run["best_accuracy"]:
+                        run["best_accuracy"] = run["accuracy"]
+                        if dist_util.is_main():
+                            save_weights(files.best, precision, run, args)
+                        log.info(f"Saved model checkpoint to [DIR: {args.output_dir}]")
 
         was_read = step == last_read
         stopping = was_read and stop.agreed()

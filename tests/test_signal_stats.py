@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.image import imread
-from programs import call, refused, run
+from programs import call, refused, run, scalars
 from scipy.stats import entropy
 from small import NORMS, batch, random_state, small_model
 
@@ -18,8 +18,9 @@ from models.fast_cpu import accelerate
 from models.modeling import VisionTransformer, build_model
 from models.norms import MEASURING_STEPS, NORM_TYPES
 from utils.args import parse_args
-from utils.checkpoint import save_checkpoint
-from utils.signal_stats import PART, _effective_rank, signal_scalars, signal_stats
+from utils.checkpoint import load_model, save_checkpoint
+from utils.data_utils import load_dataset, resize
+from utils.signal_stats import PART, _effective_rank, signal_stats
 from utils.vis_utils import SIGNAL_LABELS, signal_figure
 
 TOKENS = 5  # of the small model: 2x2 patches and the class token
@@ -166,12 +167,20 @@ def test_what_is_not_finite_is_passed_through(value):
     assert math.isnan(signal_stats(model, *batch())["attention_entropy"][0])
 
 
-def test_tensorboard_tags():
-    assert signal_scalars({"a": [1.0, 2.0], "b": [3.0]}) == {
-        "signal/a/block_1": 1.0,
-        "signal/a/block_2": 2.0,
-        "signal/b/block_1": 3.0,
-    }
+def test_log_signal_of_a_training(tmp_path):
+    """Truth: `signal_stats` of the last step's checkpoint, on the first 128 test images."""
+    flags = "--name signal --dataset digits --model_type ViT-64x4_4 --img_size 8 --num_steps 3"
+    run([*flags.split(), "--warmup_steps", "1", "--eval_every", "2", "--log_signal"], tmp_path)
+    model, flags = load_model(next(tmp_path.glob("output/*_final.bin")))
+    dataset = load_dataset("digits")
+    images = resize(dataset.test_images[:128], flags.img_size)
+    expected = signal_stats(model, images, dataset.test_labels[:128])
+    logged = scalars(next(tmp_path.glob("logs/signal_*")))
+    for name, values in expected.items():
+        for block, value in enumerate(values, start=1):
+            step, got = logged[f"signal/{name}/block_{block}"][-1]
+            assert (step, got) == (3, pytest.approx(value, rel=1e-4)), f"{name} of block {block}"
+    assert len([tag for tag in logged if tag.startswith("signal/")]) == 4 * 4
 
 
 def test_figure_holds_the_numbers_given():

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+IMAGES = 128  # that are measured
 PART = 32  # images of one pass, which bounds the memory, and those whose effective rank is taken
 
 
@@ -51,8 +52,9 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
     }
 
 
-def signal_scalars(stats) -> dict[str, float]:
-    """What `signal_stats` returns by TensorBoard tag; blocks are counted from 1."""
+def signal_scalars(model, images, labels) -> dict[str, float]:
+    """`signal_stats` of the first 128 images, by TensorBoard tag; blocks are counted from 1."""
+    stats = signal_stats(model, images[:IMAGES], labels[:IMAGES])
     return {
         f"signal/{name}/block_{i}": value
         for name, values in stats.items()
