@@ -14,20 +14,21 @@ set -eu
 # shellcheck source=utils/sweep.sh
 . "$(dirname "$0")/utils/sweep.sh"
 dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench}
-all="LN BN GN RMS DyT Derf ISRU RepBN Post DeepNorm ResPost Peri LNS Keel LayerScale ReZero SkipInit
-    Rescale RescaleNet TFixup SigmaReparam"
+python=${PYTHON:-python3} here=$(dirname "$0")
+names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
+norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
 
-for norm in ${NORMS:-$all}; do
+for norm in $norms; do
     for rate in ${RATES:-0.005 0.01 0.02 0.04}; do
         train --name rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
             --learning_rate "$rate" --val_split "${HELD_OUT:-5000}" --resume "$@"
     done
 done
 
-for norm in ${NORMS:-$all}; do
+for norm in $norms; do
     logs="output/${dataset}_*_norm_${norm}_*_rates*.txt"
     # shellcheck disable=SC2086  # a pattern of file names
-    best=$("${PYTHON:-python3}" "$(dirname "$0")/results.py" --best_rates $logs) || continue
+    best=$("$python" "$here/results.py" --best_rates $logs) || continue
     for seed in ${SEEDS:-42 43 44}; do
         train --name seeds --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
             --learning_rate "${best##* }" --seed "$seed" --resume "$@"
