@@ -56,9 +56,13 @@ def reference():
 
 
 def small():
-    """Small models at 32 px from scratch, in minutes on two CPU cores.
+    """Small models at 32 px from scratch, in minutes on a CPU.
 
-    python3 train.py --name small --recipe small --norm_type LN
+        python3 train.py --name small --recipe small --norm_type LN --fp16
+
+    0.026 PFLOP. CIFAR-10, one run each, on one core of an AMD EPYC (Zen 5, with bf16 units):
+    0.015 PFLOP, --num_steps 1800 --warmup_steps 90: LN 70.4 % in 4.5 minutes, RescaleNet 71.6 %;
+    0.040 PFLOP, --num_steps 4880 --warmup_steps 244: LN 78.8 % in 6.3 minutes, BN 80.7 %.
     """
     recipe = reference()
     del recipe.momentum  # it is Muon's own

@@ -31,9 +31,11 @@ CONFIGS = {
     # For 32 px: width x depth, heads of 32 channels, MLPs of twice the width.
     **{
         f"ViT-{width}x{depth}_4": vit_config(4, width, depth, width // 32, 2 * width)
-        for width, depth in ((64, 4), (64, 12), (64, 24), (96, 4), (128, 4), (128, 6), (192, 6))
+        for width, depth in (
+            *((64, 4), (64, 12), (64, 24), (96, 4)),
+            *((128, 4), (128, 6), (192, 6), (256, 8)),
+        )
     },
-    "ViT-256x8_4": vit_config(4, 256, 8, 8, 512),
     # Trained from scratch on small images. Source: Touvron et al. 2021 (DeiT), widths Ti and S.
     "ViT-Ti_4": vit_config(4, 192, 12, 3, 768),
     "ViT-S_4": vit_config(4, 384, 12, 6, 1536),

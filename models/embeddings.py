@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
 
 
 def sincos_positions(side, dim):
-    """Fixed positions (1, side * side, dim) of a square grid. Source: Chen et al. 2021 (MoCo 3)."""
+    """Fixed positions (1, side * side, dim) of a square grid. Source: MoCo v3, Chen et al. 2021."""
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
     angles = torch.arange(side)[:, None] * frequencies  #       (side, D/4)
     x = torch.cat([angles.sin(), angles.cos()], dim=1).repeat(side, 1)

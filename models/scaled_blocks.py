@@ -113,9 +113,9 @@ class RescaleNet(Block):
         self.ffn_addbias = norm(dim)
         self.attention_unit = UnitVariance()
         self.ffn_unit = UnitVariance()
-        b2 = [1 / (k + 2 * self.depth) for k in (2 * self.index + 1, 2 * self.index + 2)]
-        self.branch = [math.sqrt(b) for b in b2]
-        self.identity = [math.sqrt(1 - b) for b in b2]
+        squares = [1 / (k + 2 * self.depth) for k in (2 * self.index + 1, 2 * self.index + 2)]
+        self.branch = [math.sqrt(square) for square in squares]
+        self.identity = [math.sqrt(1 - square) for square in squares]
 
     def initialize(self):
         attn, ffn = self.attn, self.ffn
@@ -125,8 +125,8 @@ class RescaleNet(Block):
         ffn.inner_norm = AddBias(ffn.fc2.in_features)
 
     def forward(self, x, tokens=ALL):
-        (a, a2), (b, b2) = self.identity, self.branch
-        x = a * x[:, tokens] + b * self.attention_unit(self.attn(self.addbias(x), tokens))
+        (a1, a2), (b1, b2) = self.identity, self.branch
+        x = a1 * x[:, tokens] + b1 * self.attention_unit(self.attn(self.addbias(x), tokens))
         x = a2 * x + b2 * self.ffn_unit(self.ffn(self.ffn_addbias(x)))
         return x
 

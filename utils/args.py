@@ -210,13 +210,9 @@ def build_parser(recipe="reference"):
 def parse_args(argv=None):
     """The validated flags and entries of the recipe. A mistake exits with status 2 and one line."""
     argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="reference")
-    try:
-        recipe = first.parse_known_args(argv)[0].recipe
-    except argparse.ArgumentError:
-        recipe = "reference"
-    parser = build_parser(recipe if recipe in RECIPES else "reference")
+    first = _Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="reference", choices=RECIPES)
+    parser = build_parser(first.parse_known_args(argv)[0].recipe)
     args = parser.parse_args(argv)
     _set_entries(parser, args)
     _check_shapes(parser, args)
@@ -241,7 +237,7 @@ def parse_args(argv=None):
     if args.amp_backend == "apex":
         if args.optimizer != "sgd" or not args.decay_all or args.ema:
             parser.error(
-                "argument --amp_backend: apex is not allowed but with optimizer=sgd, decay_all=True"
+                "argument --amp_backend: apex is not allowed without optimizer=sgd, decay_all=True"
                 " and ema=0"
             )
         try:

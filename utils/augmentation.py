@@ -48,7 +48,7 @@ class Augmentation:
         Targets are the labels, or probabilities (B, classes) where labels are smoothed or mixed.
         """
         if self.recipe.randaugment_ops:
-            images = self.randaugment(images.transpose(1, 2).contiguous(), draws["ops"])
+            images = self.randaugment(images.transpose(1, 2), draws["ops"])
             images = images.transpose(1, 2)
         if self.recipe.crop == "shift":
             x = shifted(images, draws["shift"], draws.get("flipped"))

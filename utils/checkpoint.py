@@ -156,9 +156,9 @@ def _check_continues(args, saved, path):
     if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
         differing -= {"num_steps"}  # during the warmup the schedule does not depend on it
     if differing:
-        dashes = {k: "" if k in ENTRIES else "--" for k in differing}
         texts = (
-            f"{dashes[k]}{k} {ours.get(k)} (there {theirs.get(k)!r})" for k in sorted(differing)
+            f"{'' if k in ENTRIES else '--'}{k} {ours.get(k)} (there {theirs.get(k)!r})"
+            for k in sorted(differing)
         )
         raise UserError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
 

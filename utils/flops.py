@@ -10,7 +10,7 @@ from models.norm_layers import Measuring
 def training_pflop(flags, num_classes):
     """PFLOP of all steps' forward and backward passes; a multiply-add is two operations.
 
-    Each step counts as a full one, and as what it is once all layers have measured.
+    Every step counts as one with a full batch, and with the measuring of the first steps done.
     """
     parts = flags.gradient_accumulation_steps
     with torch.device("meta"):

@@ -11,7 +11,7 @@ WEIGHT = re.compile(r"(.*\.)?weight(\.original)?")
 
 
 def make_optimizers(flags, parameters):
-    """A list of optimizers, each group with the `factor` on the learning rate that it is to have.
+    """A list of optimizers. The learning rate of a group is to be multiplied by its `factor`.
 
     `parameters` is a dict by name. Weights decay: matrices and kernels alone, unless
     `flags.decay_all`. Source of Muon: Jordan et al. 2024; AdamW: Loshchilov & Hutter 2019.
@@ -42,7 +42,7 @@ def _adamw(flags, parameters, factor=1.0):
 
 
 def _groups(flags, parameters, factor=1.0):
-    """The parameters whose weights decay, and the others, those without a member left out."""
+    """Groups of the parameters that decay and of those that do not; an empty one is left out."""
     decays = {
         n: flags.decay_all or bool(WEIGHT.fullmatch(n) and p.ndim > 1)
         for n, p in parameters.items()

@@ -160,6 +160,9 @@ class Precision:
     @contextmanager
     def averaged(self):
         """Within it the model has the averaged weights, where such are kept."""
+        if not self.averages:
+            yield
+            return
         self._exchange()
         try:
             yield

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-SIDE = 32  # pixels, both ways, of every image
+from utils.data_utils import SIDE
+
 MOVES = ["Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"]
 BLENDS = ["Brightness", "Color", "Contrast", "Sharpness"]
 UNSIGNED = ["Posterize", "Solarize", "AutoContrast", "Equalize"]  # no use for the sign
