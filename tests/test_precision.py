@@ -326,6 +326,18 @@ def test_other_optimizers_skip_too(level, optimizer):
     assert not torch.equal(weights_of(precision)[0], before[0])
 
 
+def test_averages_of_skipped_steps():
+    """Truth: the averages before the step; they lag behind the weights, and so would move."""
+    precision = Precision(small_model(), "O2", BF16, 64.0)
+    precision.attach(sgd(precision), ema=0.5)
+    averages = []
+    for i in range(3):
+        one_step(precision, i, factor=math.inf if i == 1 else 1.0)
+        averages.append([average.clone() for average in precision.averages])
+    assert_same(averages[1], averages[0])
+    assert not torch.equal(averages[2][0], averages[1][0])
+
+
 @pytest.mark.parametrize("norm_type", ["BN", "Rescale"])
 @pytest.mark.parametrize("level", ["O1", "O2"])
 def test_statistics_of_skipped_steps(level, norm_type):

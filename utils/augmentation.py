@@ -40,7 +40,9 @@ class Augmentation:
             draws["mixup"] = rng.beta(*[recipe.mixup or 1.0] * 2, n)
             draws["cutmix"] = rng.beta(*[recipe.cutmix or 1.0] * 2, n)
             draws["center"] = rng.random((n, 2))
-        return {name: torch.as_tensor(values) for name, values in draws.items()}
+        draws = {name: torch.as_tensor(values) for name, values in draws.items()}
+        # Apple's MPS knows no float64.
+        return {n: d.float() if d.is_floating_point() else d for n, d in draws.items()}
 
     def __call__(self, images, labels, draws):
         """images (B, 32, 3, 32) uint8, labels (B,): images (B, 3, S, S) in [-1, 1] and targets.

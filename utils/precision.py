@@ -133,8 +133,8 @@ class Precision:
                 group["lr"] = learning_rate * group.get("factor", 1.0)
             self._step(optimizer, finite, scale)
             optimizer.zero_grad()
-        if self.averages:
-            torch._foreach_lerp_(self.averages, self.masters, 1 - self.ema)
+        for average, master in zip(self.averages, self.masters):
+            average.lerp_(master, (1 - self.ema) * finite.to(master.dtype))  # a skipped step: 0
         self._copy_masters()
         self._adjust_scale(finite)
 
