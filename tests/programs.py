@@ -2,9 +2,11 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -87,10 +89,18 @@ def refused(done, *words, program="train.py"):
 
 
 def events(folder):
-    """What a folder of TensorBoard events holds, every point of it."""
+    """What a folder of TensorBoard events holds, every point of it.
+
+    TensorBoard reads the files in the order of their names, which hold the second and the number of
+    the process. Forks of one run start several times a second, so the files are read as written.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    files = sorted(Path(folder).glob("*tfevents*"), key=lambda file: file.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as ordered:
+        for number, file in enumerate(files):
+            shutil.copy(file, Path(ordered, f"events.out.tfevents.{number:04d}"))
+        return EventAccumulator(ordered, size_guidance={"scalars": 0}).Reload()
 
 
 def scalars(folder):
