@@ -7,7 +7,7 @@ choose alike, or resuming would not be exact.
 
 import ctypes
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ def accelerate(model, compiled=False):
     swaps, words = {nn.Dropout: FastDropout}, "fast dropout"
     if has_bf16_units() and not compiled:
         swaps |= {nn.Linear: OneDnnLinear, Mlp: OneDnnMlp, Attention: Bf16Attention}
+        swaps[nn.Conv2d] = PatchConv
         words += ", linears by oneDNN"
     for module in model.modules():
         module.__class__ = swaps.get(type(module), type(module))
@@ -163,22 +164,62 @@ class _OneDnnLinear(torch.autograd.Function):
         return _as_rows(grad_x, x) if wanted[0] else None, grad_weight, grad_bias
 
 
-class OneDnnLinear(nn.Linear):
-    """`nn.Linear` by oneDNN, which adds the bias within the product.
+@contextmanager
+def fixed_weights(model):
+    """Within it no weight of `model` changes, so layers may keep theirs as the products want it."""
+    layers = [module for module in model.modules() if isinstance(module, OneDnn)]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
-    Where no gradients are wanted, GELU can be part of the product too.
-    """
+
+class OneDnn:
+    """A layer with `weight` and `bias` that is one product of rows, which oneDNN computes."""
+
+    packed = None  # the weight, within fixed_weights
+
+    def takes(self, x):
+        in_kind = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+        return in_kind and not torch.is_autocast_enabled("cpu")
+
+    def product(self, x, gelu=False):
+        """(..., in) -> (..., out). Where no gradients are wanted, GELU is part of the product."""
+        weight = self.weight.flatten(1)
+        if torch.is_grad_enabled():
+            y = _OneDnnLinear.apply(x, weight, self.bias)
+            return F.gelu(y) if gelu else y
+        then = ("gelu", [], "none") if gelu else ("none", [], "")
+        weight = weight if self.packed is None else self.packed
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, *then)
+
+
+class OneDnnLinear(OneDnn, nn.Linear):
+    """`nn.Linear` by oneDNN, which adds the bias within the product."""
 
     def forward(self, x, gelu=False):
-        in_kind = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-        if not in_kind or torch.is_autocast_enabled("cpu"):
-            y = super().forward(x)
-        elif torch.is_grad_enabled():
-            y = _OneDnnLinear.apply(x, self.weight, self.bias)
-        else:
-            then = ("gelu", [], "none") if gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
+        if self.takes(x):
+            return self.product(x, gelu)
+        y = super().forward(x)
         return F.gelu(y) if gelu else y
+
+
+class PatchConv(OneDnn, nn.Conv2d):
+    """`nn.Conv2d` of patches side by side: a product of their pixels, (B, C, S, S) -> (B, D, s, s).
+
+    oneDNN's own convolution takes twice as long for large patches.
+    """
+
+    def forward(self, x):
+        side = self.kernel_size[0]
+        if (self.stride, self.padding) != (self.kernel_size, (0, 0)) or not self.takes(x):
+            return super().forward(x)
+        patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, s, side, s, side)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  #           (B, s, s, C side side)
+        return self.product(rows).permute(0, 3, 1, 2)
 
 
 class OneDnnMlp(Mlp):

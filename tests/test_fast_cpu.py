@@ -24,8 +24,10 @@ from models.fast_cpu import (
     FastDropout,
     OneDnnLinear,
     OneDnnMlp,
+    PatchConv,
     accelerate,
     capability,
+    fixed_weights,
     has_bf16_units,
 )
 from models.modeling import Attention, Mlp
@@ -136,7 +138,8 @@ def test_accelerated_model(norm_type, vis, units):
     images, labels = batch()
     accelerate(model)
     with torch.no_grad():
-        logits, weights = model.eval()(images)
+        with fixed_weights(model):
+            logits, weights = model.eval()(images)
         expected, expected_weights = exact.eval()(images.double())
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for got, truth in zip(weights, expected_weights):
@@ -167,7 +170,8 @@ def test_accelerated_model_in_bf16(norm_type, side):
     for model in (fast, plain, exact):
         x = images.to(model.head.weight.dtype)
         with torch.no_grad():
-            logits = model.eval()(x)[0]
+            with fixed_weights(model):
+                logits = model.eval()(x)[0]
         model.train()(x, labels).backward()
         grads = torch.cat([p.grad.double().flatten() for p in model.parameters()])
         results.append((logits.double(), grads))
@@ -239,6 +243,60 @@ def test_linear(dtype, shape, bias, gelu):
         error = torch.linalg.vector_norm(found.double() - truth)
         assert found.dtype == dtype and found.shape == truth.shape
         assert error < relative * torch.linalg.vector_norm(truth)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=NEEDS_BF16_UNITS)])
+def test_fixed_weights(dtype, gelu):
+    """Truth: `F.linear` in float64 on the weights as they are, within and afterwards."""
+    layer, x = linear(dtype), torch.randn(5, 17, 24).to(dtype)
+    with torch.inference_mode():
+        for _ in range(2):
+            with fixed_weights(layer):
+                assert layer.packed is not None
+                within = layer(x, gelu=gelu)
+            assert layer.packed is None
+            expected = F.linear(x.double(), *(p.double() for p in layer.parameters()))
+            expected = F.gelu(expected) if gelu else expected
+            for found in (within, layer(x, gelu=gelu)):
+                error = torch.linalg.vector_norm(found.double() - expected)
+                assert error < (1e-6 if dtype == FP32 else 8e-3) * expected.norm()
+            layer.weight.mul_(2)
+
+
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=NEEDS_BF16_UNITS)])
+def test_patches(dtype):
+    """Truth: `F.conv2d` in float64: with gradients, without, with fixed weights; the gradients."""
+    torch.manual_seed(3)
+    layer = nn.Conv2d(3, 40, 8, stride=8, dtype=dtype)
+    layer.__class__ = PatchConv
+    exact = [p.detach().double().requires_grad_() for p in layer.parameters()]
+    x = torch.randn(2, 3, 24, 32).to(dtype).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    expected = F.conv2d(exact_x, *exact, stride=8)
+    y = layer(x)
+    upstream = torch.randn(y.shape).to(dtype)
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    with torch.no_grad(), fixed_weights(layer):
+        fixed = layer(x)
+    with torch.no_grad():
+        pairs = [(y, expected), (layer(x), expected), (fixed, expected), (x.grad, exact_x.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact)]
+    for found, truth in pairs:
+        error = torch.linalg.vector_norm(found.double() - truth)
+        assert found.dtype == dtype and found.shape == truth.shape
+        assert error < (1e-6 if dtype == FP32 else 8e-3) * torch.linalg.vector_norm(truth)
+
+
+def test_other_convolutions_stay():
+    """Truth: PyTorch's own, to the bit, for windows that overlap or have gaps."""
+    for stride, padding in ((2, 1), (3, 1), (5, 0)):
+        layer = nn.Conv2d(3, 4, 3, stride, padding)
+        x = torch.randn(2, 3, 12, 12)
+        expected = layer(x)
+        layer.__class__ = PatchConv
+        assert torch.equal(layer(x), expected)
 
 
 def by_optimizer(layer):

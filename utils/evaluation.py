@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from models.fast_cpu import accelerate
+from models.fast_cpu import accelerate, fixed_weights
 from models.modeling import build_model
 from utils import dist_util
 from utils.checkpoint import load_checkpoint, load_weights
@@ -19,14 +19,15 @@ def evaluate(model, test_batches, precision, stop=None):
     model.eval()
     dist_util.share_buffers(model)
     sums = []
-    for images, labels in test_batches:
-        with precision.autocast():
-            logits, _ = model(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        sums.append(torch.stack([loss, correct, torch.full_like(loss, len(labels))]))
-        if stop and stop.now:
-            return None
+    with fixed_weights(model):
+        for images, labels in test_batches:
+            with precision.autocast():
+                logits, _ = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(dim=1) == labels).sum()
+            sums.append(torch.stack([loss, correct, torch.full_like(loss, len(labels))]))
+            if stop and stop.now:
+                return None
     sums = torch.stack(sums).cpu().double().sum(0)
     loss, correct, count = dist_util.sum_over_processes(sums).tolist()
     return loss / count, correct / count
