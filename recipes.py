@@ -31,6 +31,7 @@ def reference():
             "optimizer": "sgd",
             "momentum": 0.9,
             "decay_all": True,  # weight decay of gains, biases and positions too
+            "head_factor": 1.0,  # the head's learning rate over that of the rest
             "ema": 0.0,  # decay of the averaged weights that are evaluated; 0: none
             # Data: crop is resized (a random part, at least smallest_crop of the area) or shift
             "crop": "resized",
@@ -49,6 +50,7 @@ def reference():
             "pool": "token",  # or mean, without a class token
             "positions": "learned",  # or sincos
             "stem": "patch",  # or conv, conv_bn: two convolutions, no plain ViT
+            "position_resize": "auto",  # or bilinear, bicubic; of pretrained ones
             "zero_head": False,
             "zero_branches": False,  # but for norm types whose branches have a start of their own
         }
@@ -101,7 +103,37 @@ def bench():
     return recipe
 
 
-RECIPES = {"reference": reference, "small": small, "bench": bench}
+def finetune():
+    """Pretrained weights, at 112 px.
+
+        python3 train.py --name tuned --recipe finetune --norm_type LN --pretrained_dir auto --fp16
+
+    Not run yet as a whole.
+    """
+    recipe = reference()
+    del recipe.momentum
+    recipe.update(
+        model_type="ViT-S_14",
+        img_size=112,
+        train_batch_size=64,
+        num_steps=880,
+        learning_rate=5e-5,
+        weight_decay=0.01,
+        warmup_steps=44,  # 5 %
+        decay_type="linear",
+        eval_every=880,
+        optimizer="adamw",
+        decay_all=False,
+        head_factor=20.0,
+        smallest_crop=0.5,
+        flip=True,
+        dropout=0.0,
+        zero_head=True,
+    )
+    return recipe
+
+
+RECIPES = {"reference": reference, "small": small, "bench": bench, "finetune": finetune}
 
 # What each optimizer has, where the recipe does not say otherwise. Muon's matrices are those of the
 # blocks; AdamW takes the rest, at adamw_factor times their learning rate.

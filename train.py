@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from models.configs import model_config
+from models.download import download
 from models.fast_cpu import accelerate, has_bf16_units
 from models.modeling import build_model
 from models.norms import MEASURING_STEPS
-from models.pretrained import download, load_pretrained
+from models.pretrained import load_pretrained
 from utils import dist_util
 from utils.args import parse_args
 from utils.augmentation import Augmentation
@@ -71,7 +72,7 @@ def train(args, files, device, stop):
         with dist_util.main_first():
             auto = args.pretrained_dir == "auto"
             weights_file = download(args.model_type) if auto else args.pretrained_dir
-        notes += load_pretrained(model, weights_file)
+        notes += load_pretrained(model, weights_file, args.position_resize)
     model.transformer.encoder.grad_checkpointing = args.grad_checkpointing
     model.to(device)
     level, half_dtype = precision_of(args, device)

@@ -47,6 +47,10 @@ CONFIGS = {
     "ViT-L_16": vit_config(16, 1024, 24, 16, 4096),
     "ViT-L_32": vit_config(32, 1024, 24, 16, 4096),
     "ViT-H_14": vit_config(14, 1280, 32, 16, 5120),
+    # Source: Oquab et al. 2023 (DINOv2).
+    "ViT-S_14": vit_config(14, 384, 12, 6, 1536),
+    "ViT-B_14": vit_config(14, 768, 12, 12, 3072),
+    "ViT-L_14": vit_config(14, 1024, 24, 16, 4096),
 }
 
 

@@ -94,7 +94,8 @@ def test_recipes_and_entries():
     args = {name: vars(parse_args(["--name", "x", "--recipe", name])) for name in RECIPES}
     flags, entries = (rows(section(RECIPE_PAGE, heading)) for heading in ("Flags", "Entries"))
     assert flags[0] == ["flag", *(f"`{name}`" for name in RECIPES)]
-    assert entries[0][:3] == ["entry", "`reference`", "`small`"]
+    shown = ["reference", "small", "finetune"]
+    assert entries[0][:4] == ["entry", *(f"`{name}`" for name in shown)]
     found = [code(row[0])[0] for row in flags[1:] + entries[1:]]
     assert set(RECIPES["reference"]()) <= set(found)
     assert [name for name in found if name in ENTRIES] == list(ENTRIES)
@@ -103,7 +104,7 @@ def test_recipes_and_entries():
         assert row[1:] == [written(args[name][code(row[0])[0]]) for name in RECIPES]
     for row in entries[1:]:
         name = code(row[0])[0]
-        assert row[1:3] == [written(args[recipe][name]) for recipe in ("reference", "small")]
+        assert row[1:4] == [written(args[recipe][name]) for recipe in shown]
         assert args["bench"][name] == args["small"][name]
     for name in RECIPES:
         assert f"`{name}`" in text and f"`{name}`" in README.read_text()

@@ -11,11 +11,13 @@ from scipy import ndimage, special
 from small import random_state, small_model
 from torch.nn.utils.parametrize import is_parametrized
 
-from models import pretrained
+from models import download as downloads
+from models.download import PUBLISHED, download
+from models.google_layout import POSITIONS as OUR_POSITIONS
 from models.norm_blocks import ALL, Block
 from models.norm_layers import GroupNorm, LayerNorm
 from models.norms import NORM_TYPES, NormType
-from models.pretrained import download, load_pretrained
+from models.pretrained import load_pretrained
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 
@@ -203,7 +205,7 @@ def test_position_embeddings_are_scipys(google, grid):
     load_pretrained(model, file)
     positions = arrays[POSITIONS][0].astype(np.float64)
     expected = ndimage.zoom(positions[1:].reshape(4, 4, -1), (grid / 4, grid / 4, 1), order=1)
-    found = model.state_dict()[pretrained.POSITIONS][0].numpy()
+    found = model.state_dict()[OUR_POSITIONS][0].numpy()
     np.testing.assert_allclose(found[1:], expected.reshape(grid**2, -1), atol=1e-5)
     np.testing.assert_array_equal(found[0], positions[0])
 
@@ -244,7 +246,7 @@ def test_checkpoint_of_the_same_type_loads_whole(tmp_path, norm_type, ours):
 def test_checkpoint_into_every_type(tmp_path, source, target):
     """What both have loads; what only the model has stays; positions are resized.
 
-    A reparametrized weight is the loaded one.
+    A reparametrized weight is the loaded one, and gains of branches are 1.
     """
     state, file = random_state(model_of(source)), tmp_path / "checkpoint.bin"
     torch.save(state, file)
@@ -260,8 +262,9 @@ def test_checkpoint_into_every_type(tmp_path, source, target):
         if is_parametrized(module):
             torch.testing.assert_close(module.weight, state[f"{name}.weight"])
     for key, value in model.state_dict().items():
-        if key != pretrained.POSITIONS and ".parametrizations." not in key:
-            assert torch.equal(value, state.get(plain(key), before[key])), key
+        if key != OUR_POSITIONS and ".parametrizations." not in key:
+            start = torch.ones_like(value) if key.endswith("_gain") else before[key]
+            assert torch.equal(value, state.get(plain(key), start)), key
 
 
 # ---------------------------------------------------------------- what is refused
@@ -359,7 +362,7 @@ def test_files_of_other_kinds(tmp_path):
     refused(model, other, "'step'")
     torch.save([torch.zeros(2)], other)
     refused(model, other)
-    refused(model, tmp_path / "no.npz", "auto", pretrained.BASE_URL, "ViT-H_14")
+    refused(model, tmp_path / "no.npz", "auto", "ViT-S_14", "ViT-H_14")
     refused(model, tmp_path)
 
 
@@ -396,7 +399,7 @@ def server(monkeypatch, google):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(pretrained, "BASE_URL", f"http://127.0.0.1:{server.server_port}/release")
+    monkeypatch.setattr(downloads, "BASE_URL", f"http://127.0.0.1:{server.server_port}/release")
     yield server
     server.shutdown()
     thread.join()
@@ -426,8 +429,8 @@ def test_download_that_fails(server, tmp_path, monkeypatch):
     fails("not a whole .npz")
     server.sends, server.body = None, b"<html>please log in</html>"
     fails("not a whole .npz")
-    fails("404", f"{pretrained.BASE_URL}/ViT-L_16.npz", model_type="ViT-L_16")
-    fails(*pretrained.PUBLISHED, "ViT-Ti_4", model_type="ViT-Ti_4")
+    fails("404", f"{downloads.BASE_URL}/ViT-L_16.npz", model_type="ViT-L_16")
+    fails(*PUBLISHED, "ViT-Ti_4", model_type="ViT-Ti_4")
 
     def interrupted(url, file):
         file.write_bytes(b"half")
@@ -437,5 +440,5 @@ def test_download_that_fails(server, tmp_path, monkeypatch):
         patch.setattr(torch.hub, "download_url_to_file", interrupted)
         download("ViT-B_16", tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(pretrained, "BASE_URL", "http://127.0.0.1:9/release")  # no server there
+    monkeypatch.setattr(downloads, "BASE_URL", "http://127.0.0.1:9/release")  # no server there
     fails("refused")

@@ -143,7 +143,8 @@ BAD_ENTRIES = (
     " decay_all=1 ema=1 ema=-0.5 crop=center smallest_crop=0 smallest_crop=1.5 shift=17 shift=-1"
     " shift=2.5 flip=yes flip= randaugment_ops=11 randaugment_ops=1.0 randaugment_magnitude=31"
     " mixup=-0.1 mixup=1e3 cutmix=x mix_share=1.1 label_smoothing=1 dropout=1 drop_path=1"
-    " drop_path=nan pool=max positions=rotary stem=conv_ln zero_head=0 zero_branches=None"
+    " drop_path=nan head_factor=-1 position_resize=nearest pool=max positions=rotary stem=conv_ln"
+    " zero_head=0 zero_branches=None"
 ).split()
 MISTAKES = [  # the line, and what the error must name
     *((f"--set '{e}'", [e.replace("=", "='", 1) + "' is not allowed"]) for e in BAD_ENTRIES),
@@ -169,6 +170,7 @@ MISTAKES = [  # the line, and what the error must name
     ("--recipe small --model_type ViT-Ti_16 --set stem=conv_bn", ["stem=conv_bn", "ViT-Ti_16"]),
     ("--amp_backend apex --set ema=0.9", ["--amp_backend", "ema=0"]),
     ("--amp_backend apex --set optimizer=adamw", ["--amp_backend", "optimizer=sgd"]),
+    ("--set position_resize=bicubic", ["position_resize", "without --pretrained_dir"]),
     ("--qk_norm l2", ["--qk_norm", "'l2'", "rms"]),
 ]
 

@@ -95,6 +95,7 @@ ENTRIES = {
     "betas": _betas,
     "adamw_factor": _number(float, 0),
     "decay_all": _yes_no,
+    "head_factor": _number(float, 0),
     "ema": _decay,
     "crop": _choice("resized", "shift"),
     "smallest_crop": _number(float, 0, 1, low_allowed=False),
@@ -111,6 +112,7 @@ ENTRIES = {
     "pool": _choice("token", "mean"),
     "positions": _choice("learned", "sincos"),
     "stem": _choice("patch", "conv", "conv_bn"),
+    "position_resize": _choice("auto", "bilinear", "bicubic"),
     "zero_head": _yes_no,
     "zero_branches": _yes_no,
 }
@@ -144,7 +146,7 @@ def build_parser(recipe="reference"):
     add("--norm_type", default="LN", choices=NORM_TYPES, metavar="NAME", help=text)
     text = "normalization of queries and keys, in each head"
     add("--qk_norm", default="none", choices=QK_NORMS, help=text)
-    text = "weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)"
+    text = "weights to start from: a .npz, .safetensors, checkpoint, or auto (downloads)"
     add("--pretrained_dir", metavar="FILE", type=_path, help=text)
     add("--img_size", type=_number(int, 1, 4096), help="side of the input, pixels")
     add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
@@ -232,6 +234,8 @@ def parse_args(argv=None):
             f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
             f" {images}"
         )
+    if args.position_resize != "auto" and not args.pretrained_dir:
+        parser.error("argument --set: position_resize is not allowed without --pretrained_dir")
     if args.resume and args.overwrite:
         parser.error("argument --overwrite: not together with --resume")
     if args.amp_backend == "apex":

@@ -42,20 +42,16 @@ def _adamw(flags, parameters, factor=1.0):
 
 
 def _groups(flags, parameters, factor=1.0):
-    """Groups of the parameters that decay and of those that do not; an empty one is left out."""
-    decays = {
-        n: flags.decay_all or bool(WEIGHT.fullmatch(n) and p.ndim > 1)
-        for n, p in parameters.items()
-    }
-    groups = [
-        {
-            "params": [p for name, p in parameters.items() if decays[name] == decay],
-            "weight_decay": flags.weight_decay * decay,
-            "factor": factor,
-        }
-        for decay in (True, False)
+    """Groups of the parameters alike in weight decay and in the factor of their learning rate."""
+    groups = {}
+    for name, p in parameters.items():
+        decays = flags.decay_all or bool(WEIGHT.fullmatch(name) and p.ndim > 1)
+        own = factor * (flags.head_factor if name.startswith("head.") else 1)
+        groups.setdefault((not decays, own), []).append(p)
+    return [
+        {"params": params, "weight_decay": 0.0 if no_decay else flags.weight_decay, "factor": own}
+        for (no_decay, own), params in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.Muon):

@@ -1,0 +1,130 @@
+"""Reads the weight files that --pretrained_dir takes, each kind into arrays by name.
+
+Google's `.npz`; checkpoints of ours and of the reference; timm's and DINOv2's, `.safetensors` or
+`.pth`. Nothing in a file is executed: no pickles in a `.npz`, only tensors from the others.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from models.download import DOWNLOADABLE
+from models.folding import IMAGENET, fold_normalization
+from models.google_layout import RESIZE
+from models.timm_layout import from_timm, is_timm
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+
+@dataclass
+class WeightFile:
+    """What a file holds, and how it is meant."""
+
+    arrays: dict  # NumPy arrays by name
+    is_google: bool = False  # names and layouts are Google's; else they are ours
+    resize: str = "bilinear"  # of its position embeddings, to another grid
+    may_lack_head: bool = False
+    notes: list = field(default_factory=list)  # lines to log
+
+
+def read_weights(file, gains=()):
+    """The `WeightFile` in `file`. `gains`: our names of LayerScale's gains that the model has; all
+    others are folded into the weights before them. Raises UserError."""
+    if not file.is_file():
+        raise UserError(
+            f"--pretrained_dir {file}: no such file; --pretrained_dir auto gets it for"
+            f" {', '.join(DOWNLOADABLE)}"
+        )
+    if _is_npz(file):
+        arrays = _read_npz(file)
+        resize = str(arrays.pop(RESIZE, "bilinear"))
+        return WeightFile(arrays, True, resize, may_lack_head=resize == "bicubic")
+    if file.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(file)
+    else:
+        tensors, metadata = _read_checkpoint(file), {}
+    arrays = {name: _to_numpy(file, name, value) for name, value in tensors.items()}
+    if not is_timm(arrays):
+        return WeightFile(arrays)
+    normalization = _normalization(file, arrays, metadata)
+    try:
+        arrays = from_timm(arrays, gains)
+        notes = []
+        if normalization:
+            fold_normalization(arrays, *normalization)
+        else:
+            notes = ["Normalization of the input not told by the file: taken to be ours"]
+    except (ValueError, KeyError, IndexError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"--pretrained_dir {file}: {reason}") from None
+    return WeightFile(arrays, resize="bicubic", may_lack_head=True, notes=notes)
+
+
+def _read_npz(file):
+    arrays, name = {}, "its list of arrays"
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            for name in npz.files:
+                arrays[name] = np.asarray(npz[name])
+    except Exception as error:  # a damaged zip fails in a dozen ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"--pretrained_dir {file}: cannot read {name}, is it damaged? ({reason})"
+        raise UserError(message) from None
+    return arrays
+
+
+def _is_npz(file):
+    """Whether `file` starts as a zip of .npy files does; its end may be missing."""
+    with file.open("rb") as stream:
+        start = stream.read(1024)
+    name_length = int.from_bytes(start[26:28], "little")
+    return start[:4] == b"PK\3\4" and start[30 : 30 + name_length].endswith(b".npy")
+
+
+def _read_safetensors(file):
+    """Its tensors by name, and its metadata."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
+    except (SafetensorError, OSError) as error:
+        message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({error})"
+        raise UserError(message.splitlines()[0]) from None
+
+
+def _read_checkpoint(file):
+    try:
+        weights = load_checkpoint(file)["model"]
+    except UserError as error:
+        raise UserError(f"--pretrained_dir {error}; nor is it a .npz") from None
+    inner = weights.get("state_dict")  # where some keep them
+    return inner if isinstance(inner, dict) else weights
+
+
+def _to_numpy(file, name, value):
+    """Tensor as an array, fp32 if it is one of floats."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise UserError(f"--pretrained_dir {file}: no state dict, {name!r} is no tensor")
+    value = value.detach()
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _normalization(file, arrays, metadata):
+    """Mean and deviation that the file's model subtracts and divides by; None if it is unknown.
+
+    They are in the metadata, or in the config.json beside it as timm publishes it, or DINOv2's.
+    """
+    described = dict(metadata or {})
+    config = file.with_name("config.json")
+    try:
+        if "mean" in described:
+            return json.loads(described["mean"]), json.loads(described["std"])
+        if config.is_file():
+            described = json.loads(config.read_text())
+            described = described.get("pretrained_cfg", described)
+            return described["mean"], described["std"]
+    except (ValueError, KeyError, TypeError, OSError):
+        pass  # as good as none
+    return IMAGENET if "mask_token" in arrays else None
