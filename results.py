@@ -3,7 +3,7 @@
     python3 results.py output/*.txt                     # prints the tables
     python3 results.py --update README.md output/*.txt  # writes them between the file's markers
     python3 results.py --figures img output/*.txt       # draws accuracy_by_*.png
-    python3 results.py --best_rates output/*.txt        # METHOD LEARNING_RATE lines of one sweep
+    python3 results.py --best_rates output/*.txt        # METHOD LEARNING_RATE [NEXT_RATE] lines
 
 Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
 minutes. Other recipes' runs count at the end of their schedule, over seeds. Runs with --val_split
@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils.comparison import best_learning_rates, grouped, settings, split
+from utils.comparison import best_learning_rates, grouped, rates_beyond, settings, split
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
@@ -193,7 +193,8 @@ def _suffixed(runs):
 
 
 def _best_rates(runs) -> str:
-    """The lines of --best_rates; a method's name is freed of spaces."""
+    """The lines of --best_rates; a method's name is freed of spaces. NEXT_RATE lies beyond the
+    rates tried, where the best is at their edge."""
     sweeps = split(runs)[2]
     if len(grouped(sweeps)) != 1:
         found = "; ".join(_heading(group) for group, _ in grouped(sweeps)) or "none"
@@ -201,7 +202,9 @@ def _best_rates(runs) -> str:
     best = best_learning_rates(sweeps)
     for method in dict.fromkeys(s.method for s in settings(sweeps) if s.method not in best):
         print(f"results.py: no finished run of {method}", file=sys.stderr)
-    return "\n".join(f"{method.replace(', ', ',')} {rate}" for method, rate in best.items())
+    beyond = rates_beyond(sweeps)
+    lines = (f"{m.replace(', ', ',')} {rate} {beyond.get(m, '')}" for m, rate in best.items())
+    return "\n".join(line.strip() for line in lines)
 
 
 @reported

@@ -3,8 +3,9 @@
 #
 #     sh train_small.sh
 #
-# First each type at each of RATES, evaluated on HELD_OUT training images; then, at the rate that was
-# best there, each of SEEDS, evaluated on the test images. Flags are passed on to every training.
+# First each type at four learning rates, evaluated on HELD_OUT training images; where the lowest or
+# highest is the best, at up to three more beyond it. Then, at the best rate, each of SEEDS,
+# evaluated on the test images. Flags are passed on to every training.
 # What is finished is skipped, and what is not goes on from its checkpoint. Diverged runs count as
 # failed, and stay in the tables. NORMS, RATES, SEEDS, HELD_OUT, RECIPE, DATASET and PYTHON replace
 # what is below. To use two cores well, run it twice at once, with OMP_NUM_THREADS=1 and half of
@@ -18,20 +19,32 @@ python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
 
+best() {  # a norm type's best learning rate, and the next one if it is the lowest or highest tried
+    # shellcheck disable=SC2086  # a pattern of file names
+    "$python" "$here/results.py" --best_rates output/${dataset}_*_norm_$1_*_rates*.txt | cut -d " " -f 2-
+}
+
+try_rate() {
+    train --name rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
+        --learning_rate "$rate" --val_split "${HELD_OUT:-5000}" --resume "$@"
+}
+
 for norm in $norms; do
     for rate in ${RATES:-0.005 0.01 0.02 0.04}; do
-        train --name rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
-            --learning_rate "$rate" --val_split "${HELD_OUT:-5000}" --resume "$@"
+        try_rate "$@"
+    done
+    [ -z "${RATES-}" ] || continue
+    for _ in 1 2 3; do
+        rate=$(best "$norm" | cut -s -d " " -f 2)
+        [ -z "$rate" ] || try_rate "$@"
     done
 done
 
 for norm in $norms; do
-    logs="output/${dataset}_*_norm_${norm}_*_rates*.txt"
-    # shellcheck disable=SC2086  # a pattern of file names
-    best=$("$python" "$here/results.py" --best_rates $logs) || continue
+    rate=$(best "$norm" | cut -d " " -f 1)
     for seed in ${SEEDS:-42 43 44}; do
-        train --name seeds --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
-            --learning_rate "${best##* }" --seed "$seed" --resume "$@"
+        [ -z "$rate" ] || train --name seeds --dataset "$dataset" --recipe "$recipe" \
+            --norm_type "$norm" --learning_rate "$rate" --seed "$seed" --resume "$@"
     done
 done
 

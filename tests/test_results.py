@@ -182,7 +182,7 @@ def test_a_sweep_and_its_best_rates(log, sweep):
     best = best_learning_rates([read_log(path) for path in (test_run, *sweep)])
     assert best == {"LN": 0.02, "RMS": 0.03162278}
     done = call(results.main, "--best_rates", test_run, *sweep)
-    assert (done.returncode, done.stdout) == (0, "LN 0.02\nRMS 0.03162278\n")
+    assert (done.returncode, done.stdout) == (0, "LN 0.02\nRMS 0.03162278 0.06324556\n")
     assert done.stderr == "results.py: no finished run of BN\n"
 
 
@@ -193,7 +193,9 @@ def test_of_several_seeds_at_a_rate_the_mean_counts(log):
     assert table(*logs)[-1] == "| LN | 60.00 | **65.00** (1 diverged) |"
     logs += [log("LN", 0.4, **flags, learning_rate=0.01, qk_norm="rms", optimizer="adamw")]
     done = call(results.main, "--best_rates", *logs)
-    assert done.stdout == "LN,optimizer=adamw,qk_norm=rms 0.01\nLN,optimizer=muon 0.02\n"
+    assert done.stdout == (
+        "LN,optimizer=adamw,qk_norm=rms 0.01 0.005\nLN,optimizer=muon 0.02 0.04\n"
+    )
 
 
 def test_best_rates_are_of_one_sweep(log, sweep):

@@ -147,3 +147,35 @@ def test_the_bench_chooses_rates_and_runs_seeds(tmp_path):
     seeds = [run.flags for run in logs if run.name == "seeds"]
     assert sorted((f["seed"], f["learning_rate"]) for f in seeds) == [(1, best), (2, best)]
     assert {(f["val_split"], f["norm_type"]) for f in seeds} == {(0, "RMS")}
+
+
+def test_the_bench_goes_beyond_its_rates(tmp_path):
+    """The best rate is the highest of the grid, then twice it; that diverges at four times it.
+
+    A stand-in for train.py writes the logs: accuracy grows with the rate up to 0.1.
+    """
+    commands = f"""
+case $1 in *train.py) ;; *) exec "{sys.executable}" "$@" ;; esac
+rate=$(echo "$@" | sed "s/.*learning_rate //; s/ .*//")
+say() {{ printf "11/25/2026 01:00:00 - INFO - train - %s\\n" "$1"; }}
+mkdir -p output
+log="output/cifar10_x_norm_LN_x_rates,$rate.txt"
+case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
+{{
+    say "Training parameters Namespace(dataset='cifar10', model_type='x', norm_type='LN',\
+ fp16=False, img_size=32, pretrained_dir=None, recipe='bench', val_split=9, learning_rate=$rate, num_steps=1)"
+    say "Global Steps: 1"; say "Valid Loss: 1.00000"
+    if [ "$rate" = 0.16 ]; then say "Training images of the step: 1"; exit; fi
+    say "Valid Accuracy: 0$(echo "$rate" | sed "s/^0//; s/$/000/; s/\\(......\\).*/\\1/")"
+    say "End Training!"
+}} > "$log"
+"""
+    python = fake_python(tmp_path, commands)
+    words = {"NORMS": "LN", "SEEDS": "1 2"}
+    errors, printed, status = sweep("train_small.sh", tmp_path, PYTHON=python, **words)
+    assert status == 0, errors
+    rates = [path.name.split(",")[1] for path in tmp_path.glob("output/*rates*")]
+    tried = ["0.005", "0.01", "0.02", "0.04", "0.08", "0.16"]
+    assert sorted(rates) == [f"{rate}.txt" for rate in tried]
+    assert [path.name for path in tmp_path.glob("output/seeds*")] == ["seeds_0.08.txt"]
+    assert printed.splitlines()[-1].endswith("0 of 8 trainings failed")

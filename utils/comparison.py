@@ -75,3 +75,15 @@ def best_learning_rates(runs: list[RunLog]) -> dict[str, float]:
         if setting.mean is not None and setting.mean > best.get(setting.method, (-1,))[0]:
             best[setting.method] = setting.mean, setting.rate
     return {method: rate for method, (_, rate) in best.items()}
+
+
+def rates_beyond(runs: list[RunLog]) -> dict[str, float]:
+    """{method: half or twice its best learning rate}, where that is the lowest or highest tried."""
+    tried = defaultdict(list)
+    for setting in settings(split(runs)[2]):
+        tried[setting.method].append(setting.rate)
+    beyond = {}
+    for method, rate in best_learning_rates(runs).items():
+        if rate in (min(tried[method]), max(tried[method])):
+            beyond[method] = rate / 2 if rate == min(tried[method]) else 2 * rate
+    return beyond
