@@ -163,7 +163,8 @@ log="output/cifar10_x_norm_LN_x_rates,$rate.txt"
 case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
 {{
     say "Training parameters Namespace(dataset='cifar10', model_type='x', norm_type='LN',\
- fp16=False, img_size=32, pretrained_dir=None, recipe='bench', val_split=9, learning_rate=$rate, num_steps=1)"
+ fp16=False, img_size=32, pretrained_dir=None, recipe='bench', val_split=9,\
+ learning_rate=$rate, num_steps=1)"
     say "Global Steps: 1"; say "Valid Loss: 1.00000"
     if [ "$rate" = 0.16 ]; then say "Training images of the step: 1"; exit; fi
     say "Valid Accuracy: 0$(echo "$rate" | sed "s/^0//; s/$/000/; s/\\(......\\).*/\\1/")"
