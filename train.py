@@ -131,7 +131,7 @@ def train(args, files, device, stop):
     first, last = run["step"], min(args.num_steps, args.stop_after or args.num_steps)
     log.say_plan(args, dataset, model, machine, pflop, run, last)
     quiet = not (dist_util.is_main() and sys.stderr.isatty())
-    bar = tqdm(total=args.num_steps, initial=run["step"], unit="step", disable=quiet)
+    bar = tqdm(total=args.num_steps, initial=first, unit="step", miniters=1, disable=quiet)
     began = time.monotonic() - run["seconds"]
     last_read = first  # the step up to which the losses were read
 
@@ -191,8 +191,9 @@ def train(args, files, device, stop):
             images_per_s = len(records) * images_per_step / window
             log.log_steps(done, records, images_per_s)
             check_finite(run, done, records, precision, batches, parts, log, files)
+            text = f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s"
+            bar.set_postfix_str(text, refresh=False)
             bar.update(done - last_read)
-            bar.set_postfix_str(f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s")
             log.say_time_left(done, last_read, images_per_s)
             last_read = done
 

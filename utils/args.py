@@ -149,8 +149,7 @@ def build_parser(recipe="reference"):
     add("--model_type", choices=CONFIGS, metavar="NAME", help=text)
     text = f"normalization, or what replaces it: {', '.join(NORM_TYPES)}"
     add("--norm_type", default="LN", choices=NORM_TYPES, metavar="NAME", help=text)
-    text = "normalization of queries and keys, in each head"
-    add("--qk_norm", default="none", choices=QK_NORMS, help=text)
+    add("--qk_norm", default="none", choices=QK_NORMS, help="norm of queries and keys, per head")
     text = "weights to start from: Google's .npz, a checkpoint, or auto (downloads Google's)"
     add("--pretrained_dir", metavar="FILE", type=_path, help=text)
 
