@@ -116,9 +116,10 @@ def train(args, files, device, stop):
         for path in files.checkpoints():
             path.unlink()
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
+    pflop = training_pflop(args, len(dataset.classes)) if dist_util.is_main() else 0.0
     if log.is_new:
         log.log_head(args, model_config(args), model, device, dist_util.world_size(), machine)
-        log.info(f"Compute: {training_pflop(args, len(dataset.classes)):.6f} PFLOP")
+        log.info(f"Compute: {pflop:.6f} PFLOP")
     if saved:
         log.log_resumed(run["step"])
     for note in notes:
@@ -128,9 +129,10 @@ def train(args, files, device, stop):
     # dynamic=False: what is compiled for a batch must not depend on the batches seen before it.
     compiled = torch.compile(parallel, dynamic=False) if args.compile else parallel
     eval_model = torch.compile(model, dynamic=False) if args.compile else model
-    quiet = not (dist_util.is_main() and sys.stderr.isatty())
-    bar = tqdm(total=args.num_steps, initial=run["step"], unit="step", disable=quiet)
     first, last = run["step"], min(args.num_steps, args.stop_after or args.num_steps)
+    log.say_plan(args, dataset, model, machine, pflop, run, last)
+    quiet = not (dist_util.is_main() and sys.stderr.isatty())
+    bar = tqdm(total=args.num_steps, initial=first, unit="step", miniters=1, disable=quiet)
     began = time.monotonic() - run["seconds"]
     last_read = first  # the step up to which the losses were read
 
@@ -190,8 +192,10 @@ def train(args, files, device, stop):
             images_per_s = len(records) * images_per_step / window
             log.log_steps(done, records, images_per_s)
             check_finite(run, done, records, precision, batches, parts, log, files)
+            text = f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s"
+            bar.set_postfix_str(text, refresh=False)
             bar.update(done - last_read)
-            bar.set_postfix_str(f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s")
+            log.say_time_left(done, last_read, images_per_s)
             last_read = done
 
     bar.close()
@@ -202,6 +206,7 @@ def train(args, files, device, stop):
         log.hparams(result_flags(args), {"hparams/best_accuracy": run["best_accuracy"]})
         images_per_s = args.num_steps * images_per_step / run["seconds_of_training"]
         log.log_end(run["best_accuracy"], run["seconds"] / 60, images_per_s)
+        log.say_next(files)
     else:
         reason = f" by {stop.received.name}" if stop.received else ""
         log.info(f"Stopped{reason} after step {step} of {args.num_steps}; --resume continues")

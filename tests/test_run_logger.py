@@ -7,13 +7,17 @@ import subprocess
 import sys
 
 import pytest
-from programs import ROOT, events, scalars
+from programs import ROOT, TINY, events, scalars
+from small import small_model
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 from utils import run_logger
+from utils.args import parse_args
+from utils.data_utils import load_dataset
 from utils.log_reader import read_log
 from utils.precision import StepRecord
+from utils.run_files import RunFiles
 from utils.run_logger import RunLogger
 
 BEGIN = "Training parameters Namespace(dataset='digits', fp16=False, img_size=32, "
@@ -132,8 +136,94 @@ def test_an_inactive_logger_leaves_no_trace(tmp_path, capsys):
     logger.log_end(0.1, 1.0, 2.0)
     logger.text("flags", "no")
     logger.hparams({"a": 1}, {"b": 2.0})
+    args = plan(logger, "--num_steps", "100")
+    logger.say_time_left(20, 10, 10.0)
+    logger.say_next(RunFiles(args))
     logger.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def plan(logger, *flags, step=0, evaluated=0):
+    """Says the plan of a small run; returns its flags."""
+    args = parse_args([*TINY, *"--train_batch_size 64 --eval_every 10".split(), *flags])
+    run, last = {"step": step, "evaluated": evaluated}, args.stop_after or args.num_steps
+    dataset = load_dataset("digits", "none")
+    logger.say_plan(args, dataset, small_model(), "O0 in float32", 0.25, run, last)
+    return args
+
+
+def test_the_plan_is_said_and_not_logged(tmp_path, capsys):
+    logger = start(tmp_path)
+    log = logger.log_file.read_text()
+    capsys.readouterr()
+    plan(logger, "--num_steps", "25", step=10, evaluated=10)
+    size = sum(p.numel() for p in small_model().parameters()) / 1e6
+    assert capsys.readouterr().err.splitlines() == [
+        f"ViT-Ti_16 with LN ({size:.3f}M parameters) on digits (1,437 training images); cpu,"
+        " O0 in float32",
+        "From step 10 to 25 of 25, 64 images each; 2 evaluations; 0.25 PFLOP in all",
+    ]
+    assert logger.log_file.read_text() == log
+
+
+@pytest.mark.parametrize("stop_after", [None, 7, 9])
+def test_evaluations_are_counted(tmp_path, stop_after):
+    """Truth: the steps of train.py's loop, one by one."""
+    logger = start(tmp_path)
+    for num_steps in (9, 12):
+        flags = f"--num_steps {num_steps} --eval_every 4"
+        args = plan(logger, *flags.split(), *(["--stop_after", str(stop_after)] * bool(stop_after)))
+        for first in range(1, num_steps + 2):
+            steps = range(first, min(num_steps, stop_after or num_steps) + 1)
+            due = [s for s in steps if s % args.eval_every == 0 or s == num_steps]
+            if first <= logger.last + 1:
+                assert logger._evaluations(first) == len(due)
+
+
+def test_the_time_left_is_said_once_after_ten_steps(tmp_path, capsys):
+    """Truth: (100 - 12) steps of 64 images, 10 evaluations of 360 at a third, at 10 images/s."""
+
+    def said(*flags, steps=((0, 6), (6, 12), (12, 18))):
+        logger = start(tmp_path)
+        plan(logger, "--num_steps", "100", *flags)
+        capsys.readouterr()
+        for last_read, step in steps:
+            logger.say_time_left(step, last_read, 10.0)
+        return capsys.readouterr().err
+
+    assert (88 * 64 + 9 * 360 / 3) / 10 / 60 == pytest.approx(11.2, abs=0.05)
+    assert said() == "About 11 min left, with 9 evaluations, at 10 images/s\n"
+    assert said("--compile").count("with 9 evaluations") == 1
+    assert said("--compile", steps=((0, 6), (6, 12))) == ""  # half of it was compiling
+    assert said(steps=((0, 100),)) == ""
+    assert [run_logger._duration(s) for s in (4.4, 80, 600, 7980)] == [
+        "4 s",
+        "80 s",
+        "10 min",
+        "2 h 13 min",
+    ]
+
+
+def test_what_is_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "../train.py", "--name", "a"])
+    monkeypatch.setattr(sys, "argv", ["../train.py", "--name", "a"])
+    logger = start(tmp_path)
+    args = plan(logger, "--output_dir", "my logs")
+    files = RunFiles(args)
+    capsys.readouterr()
+    logger.say_next(files)
+    assert capsys.readouterr().err.splitlines() == [
+        f"Log: {files.log}",
+        f"Best weights: {files.best}",
+        f"TensorBoard: {files.tensorboard}",
+        "Next:",
+        "  python3 ../train.py --name a --eval",
+        "  tensorboard --logdir logs",
+        "  python3 ../results.py 'my logs'/*.txt",
+    ]
+    args.processes = 4  # with others the files' names would differ
+    logger.say_next(files)
+    assert "  torchrun --nproc_per_node 4 ../train.py --name a --eval\n" in capsys.readouterr().err
 
 
 def test_messages_on_stderr_leave_a_progress_bar_whole(tmp_path, capsys):

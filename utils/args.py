@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 
 from models.configs import CONFIGS
 from models.norms import NORM_TYPES, QK_NORMS
@@ -22,8 +23,14 @@ class _Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        tells_nothing = action.default is None or action.default is False
+        tells_nothing = action.default is False or action.default in (None, [])
         return action.help if tells_nothing else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
+    def _split_lines(self, text, width):  # names such as ViT-B_16 stay whole
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def _number(kind, low, high=math.inf, low_allowed=True):
@@ -45,33 +52,17 @@ def _number(kind, low, high=math.inf, low_allowed=True):
     return parse
 
 
-def _name(text):
-    if not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,59}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: 1 to 60 letters, digits and . _ + = @ - (no leading dot)"
-        )
-    return text
-
-
-def _path(text):
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not allowed: a path")
-    return text
-
-
-def _gpu(text):
-    if not re.fullmatch(r"\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a GPU's number, such as 0")
-    return text
-
-
-def _choice(*names):
+def _text(pattern, allowed):
     def parse(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: one of {', '.join(names)}")
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: {allowed}")
         return text
 
     return parse
+
+
+def _choice(*names):
+    return _text("|".join(names), f"one of {', '.join(names)}")
 
 
 def _yes_no(text):
@@ -86,6 +77,11 @@ def _betas(text):
 
 
 MAX_COUNT = 10**7
+_name = _text(
+    r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,59}",
+    "1 to 60 letters, digits and . _ + = @ - (no leading dot)",
+)
+_path, _gpu = _text("(?s).+", "a path"), _text(r"\d+", "a GPU's number, such as 0")
 _share, _decay = _number(float, 0, 1), _number(float, 0, 0.9999999)
 
 # What --set can override: the entries of a recipe that have no flag.
@@ -123,47 +119,55 @@ def build_parser(recipe="reference"):
     count, any_count = _number(int, 1, MAX_COUNT), _number(int, 0, MAX_COUNT)
     parser = _Parser(
         prog="train.py",
+        usage="%(prog)s --name NAME [flags]",
         description="Train a Vision Transformer on CIFAR with the normalization of your choice.",
         epilog="example: python3 train.py --name demo --dataset digits --model_type ViT-Ti_4"
         " --img_size 32 --norm_type Rescale --train_batch_size 64 --num_steps 300",
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    yes = {"action": "store_true"}
+    yes, folder = {"action": "store_true"}, {"metavar": "FOLDER", "type": _path}
 
-    add = parser.add_argument_group("experiment").add_argument
-    add("--name", required=True, type=_name, help="of the experiment; its files start with it")
-    text = "what the other flags default to; a page of recipes.py"
-    add("--recipe", default="reference", choices=RECIPES, help=text)
+    add = parser.add_argument_group("run").add_argument
+    add("--name", required=True, type=_name, metavar="NAME", help="its files start with it")
+    add("--recipe", default="reference", choices=RECIPES, help="what other flags default to")
     text = f"other entries of the recipe: {', '.join(ENTRIES)}"
     add("--set", nargs="+", action="extend", metavar="NAME=VALUE", default=[], help=text)
+    text = "continue the run from its newest good checkpoint, or FILE; from the start if none"
+    add("--resume", nargs="?", const="auto", metavar="FILE", type=_path, help=text)
+    add("--overwrite", **yes, help="start anew though the run's files exist")
+    add("--eval", **yes, help="evaluate the run's best checkpoint, draw its figures")
+    add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
+    add("--deterministic", **yes, help="only deterministic algorithms (slower)")
+
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cifar10", choices=DATASETS, help="digits needs no download")
     text = "evaluate on the last N training images, held out, in place of the test images"
-    add("--val_split", default=0, type=any_count, metavar="N", help=text)
+    add("--val_split", default=0, type=any_count, help=text)
+    add("--img_size", type=_number(int, 1, 4096), help="side of the input, pixels")
+
+    add = parser.add_argument_group("model").add_argument
     text = f"size, and patch in pixels: {', '.join(CONFIGS)}"
     add("--model_type", choices=CONFIGS, metavar="NAME", help=text)
     text = f"normalization, or what replaces it: {', '.join(NORM_TYPES)}"
     add("--norm_type", default="LN", choices=NORM_TYPES, metavar="NAME", help=text)
-    text = "normalization of queries and keys, in each head"
-    add("--qk_norm", default="none", choices=QK_NORMS, help=text)
+    add("--qk_norm", default="none", choices=QK_NORMS, help="norm of queries and keys, per head")
     text = "weights to start from: a .npz, .safetensors, checkpoint, or auto (downloads)"
     add("--pretrained_dir", metavar="FILE", type=_path, help=text)
-    add("--img_size", type=_number(int, 1, 4096), help="side of the input, pixels")
-    add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
-    add("--deterministic", **yes, help="only deterministic algorithms (slower)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=count, help="images per optimizer step, process")
     text = "batches that an optimizer step's images are split into"
     add("--gradient_accumulation_steps", default=1, type=count, help=text)
     add("--num_steps", type=count, help="optimizer steps")
-    text = "peak learning rate"
-    add("--learning_rate", type=_number(float, 0), help=text)
+    add("--learning_rate", type=_number(float, 0), help="peak learning rate")
     add("--weight_decay", type=_number(float, 0), help="L2 penalty of SGD; of others decoupled")
     add("--warmup_steps", type=any_count, help="linear warmup, optimizer steps")
     add("--decay_type", choices=SCHEDULES, help="decay to 0 at num_steps")
-    above_0 = _number(float, 0, low_allowed=False)
-    text = "global norm that gradients are clipped to"
+    above_0, text = (
+        _number(float, 0, low_allowed=False),
+        "global norm that gradients are clipped to",
+    )
     add("--max_grad_norm", type=above_0, help=text)
 
     add = parser.add_argument_group("precision and speed").add_argument
@@ -182,27 +186,22 @@ def build_parser(recipe="reference"):
     text = "less memory, a third more time: compute each block again for its gradients"
     add("--grad_checkpointing", **yes, help=text)
 
-    add = parser.add_argument_group("evaluation and files").add_argument
+    add = parser.add_argument_group("when").add_argument
     add("--eval_every", type=count, help="optimizer steps between evaluations")
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
     text = "add each block's signal to TensorBoard at each evaluation, as plot_signal.py draws it"
     add("--log_signal", **yes, help=text)
-    add("--eval", **yes, help="evaluate the run's best checkpoint, draw its figures")
-    add("--output_dir", default="output", type=_path, help="where result logs and checkpoints go")
-    add("--data_dir", default="data", type=_path, help="where CIFAR is, or is downloaded to")
     add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
     text = "optimizer steps between checkpoints; if not given, --eval_every"
     add("--save_every", type=count, help=text)
     text = "stop, with a checkpoint, after this step; the schedule stays that of num_steps"
     add("--stop_after", type=count, help=text)
-    text = "continue the run from its newest good checkpoint, or FILE; from the start if none"
-    add("--resume", nargs="?", const="auto", metavar="FILE", type=_path, help=text)
-    add("--overwrite", **yes, help="start anew though the run's files exist")
 
-    add = parser.add_argument_group("processes").add_argument
+    add = parser.add_argument_group("where").add_argument
+    add("--output_dir", default="output", **folder, help="where result logs and checkpoints go")
+    add("--data_dir", default="data", **folder, help="where CIFAR is, or is downloaded to")
     add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
-    text = "from old launchers; torchrun's environment wins"
-    add("--local_rank", "--local-rank", default=-1, type=int, help=text)
+    add("--local_rank", "--local-rank", default=-1, type=int, help="from old launchers")
     parser.set_defaults(processes=1)  # no flag, but it decides results like one
     entries = RECIPES[recipe]().to_dict()
     parser.set_defaults(**OPTIMIZERS[entries["optimizer"]] | entries)

@@ -29,10 +29,11 @@ def reported(main):
         except KeyboardInterrupt:
             return 130
         except (UserError, DivergedError) as error:
-            line, status = error, 1 if isinstance(error, DivergedError) else 2
+            line, status = str(error), 1 if isinstance(error, DivergedError) else 2
         except OSError as error:
-            line = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error
-            status = 2
+            line, status = str(error), 2
+            if error.filename:
+                line = f"{os.fsdecode(error.filename)}: {error.strerror}"
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
                 raise
@@ -41,6 +42,7 @@ def reported(main):
                 " raise --gradient_accumulation_steps, or use --grad_checkpointing"
             )
             status = 2
+        # The error is gone, and with it what main() held: a progress bar has ended its line.
         sys.stderr.write(f"{program}: error: {line}\n")
         return status
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -18,10 +19,13 @@ from utils.log_reader import EVALUATION, messages
 
 BLOCK = re.compile(r"^(?=.* - (?:\*{5} Running Validation|Best Accuracy:|End Training!))", re.M)
 SKIPPED = re.compile(r"^.* - Skipped: .*\n", re.M)
+STEPS_TO_TIME = 10  # of this process, before it says how long the rest takes
 
 
 class RunLogger:
     """Writes a run's text log, echoed on stderr, and its TensorBoard events; mute unless `active`.
+
+    What a `say_...` says depends on time, machine or process: it goes to stderr alone.
 
     With `resume`, the state of the run in a checkpoint, both go on from there: what they hold
     beyond its `step`, its last evaluation (`evaluated`) or its count of skipped steps (`skipped`)
@@ -59,9 +63,7 @@ class RunLogger:
         self.info(str(config))
         self.info(f"Training parameters {args}")
         self.text("flags", str(args))
-        parameters = sum(p.numel() for p in model.parameters())
-        digits = 1 if parameters >= 1e6 else 3
-        self.info(f"Total Parameter: \t{parameters / 1e6:.{digits}f}M")
+        self.info(f"Total Parameter: \t{_parameters(model)}")
         self.info(f"Environment: {_environment()}")
         self.info(f"Chosen for this machine: {machine}")
         parts = args.gradient_accumulation_steps
@@ -101,6 +103,62 @@ class RunLogger:
         self.info(f"Training speed: {images_per_s:.0f} images/s")
         self.info("End Training!")
         self.info(f"last {minutes:.1f} min")
+
+    def say_plan(self, args, dataset, model, machine, pflop, run, last) -> None:
+        """Says what will be done from the state `run` to step `last`."""
+        self.args, self.last, self.test_images = args, last, len(dataset.test_labels)
+        self.first, self.time_is_said = run["step"], False
+        device = next(model.parameters()).device
+        where = device if args.processes == 1 else f"{args.processes} processes on {device.type}"
+        self._say(
+            f"{args.model_type} with {args.norm_type} ({_parameters(model)} parameters) on"
+            f" {args.dataset} ({len(dataset.train_labels):,} training images); {where}, {machine}"
+        )
+        images = args.train_batch_size * args.processes
+        self._say(
+            f"From step {self.first} to {last} of {args.num_steps}, {images} images each;"
+            f" {_counted(self._evaluations(run['evaluated'] + 1))}; {pflop:.3g} PFLOP in all"
+        )
+
+    def say_time_left(self, step: int, last_read: int, images_per_s: float) -> None:
+        """Says once how long the rest takes, at the speed of the steps from `last_read` to `step`.
+
+        Compiling takes much of the first of these times, so that one tells nothing.
+        """
+        known_since = last_read if self.args.compile else step
+        is_early = known_since < self.first + STEPS_TO_TIME
+        if self.time_is_said or is_early or step == self.last:
+            return
+        self.time_is_said = True
+        evaluations = self._evaluations(step)
+        images = (self.last - step) * self.args.train_batch_size * self.args.processes
+        images += evaluations * self.test_images / 3  # forward without backward: a third each
+        duration, speed = _duration(images / images_per_s), f"{images_per_s:.0f} images/s"
+        self._say(f"About {duration} left, with {_counted(evaluations)}, at {speed}")
+
+    def say_next(self, files) -> None:
+        """Says where the finished run's files are, and what to type next."""
+        command = sys.orig_argv
+        if self.args.processes > 1:
+            command = ["torchrun", "--nproc_per_node", str(self.args.processes), *sys.argv]
+        command = shlex.join([*command, "--eval"])
+        results = shlex.quote(str(Path(sys.argv[0]).with_name("results.py")))
+        logs = f"{shlex.quote(str(files.output_dir))}/*.txt"
+        self._say(
+            f"Log: {files.log}\nBest weights: {files.best}\nTensorBoard: {files.tensorboard}\n"
+            f"Next:\n  {command}\n  tensorboard --logdir {files.tensorboard.parent}\n"
+            f"  {sys.orig_argv[0]} {results} {logs}"
+        )
+
+    def _evaluations(self, first: int) -> int:
+        """How many evaluations are due from step `first` to the last."""
+        every, last = self.args.eval_every, self.last
+        at_end = first <= last == self.args.num_steps and last % every > 0
+        return last // every - (first - 1) // every + at_end
+
+    def _say(self, message: str) -> None:
+        if self.active:
+            tqdm.write(message, file=sys.stderr)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds one point to each TensorBoard curve named in `values`."""
@@ -146,12 +204,28 @@ class RunLogger:
         except OSError as error:
             error.filename = str(self.log_file)  # a full disk's error names none
             raise
-        tqdm.write(line, file=sys.stderr)
+        self._say(line)
 
 
 def fault(step, record) -> str:
     """What was not finite at `step`, for the log."""
     return f"loss {record.loss}, gradient norm {record.grad_norm} at step {step}"
+
+
+def _parameters(model) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.{1 if count >= 1e6 else 3}f}M"
+
+
+def _counted(evaluations: int) -> str:
+    return f"{evaluations} evaluation{'s' * (evaluations != 1)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _environment() -> str:
