@@ -14,9 +14,6 @@ on a CPU, `limit` is the share of its rate that our floating-point operations co
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +33,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from torchvision import transforms
 
-from models.configs import CONFIGS, vit_config
+from models.configs import CONFIGS
 from models.fast_cpu import OneDnnLinear, accelerate, capability, fixed_weights
 from models.modeling import VisionTransformer, build_model
 from models.norm_layers import Measuring
@@ -47,8 +44,7 @@ from utils.args import parse_args
 from utils.augmentation import Augmentation
 from utils.data_utils import Resizer, TestBatches, TrainBatches, load_dataset
 from utils.optimizers import make_optimizers
-from utils.precision import Precision, StepRecord
-from utils.run_logger import RunLogger
+from utils.precision import Precision
 
 MODELS = {"ViT-B_32": (224, 32), "ViT-B_16": (224, 32), "ViT-Ti_4": (32, 128)}  # side, batch
 LEVELS = {"O0": "", "O2": " --fp16"}
@@ -56,23 +52,12 @@ CLASSES = 10
 UNCOUNTED = 3  # runs before those that count: page faults distort the first ones
 FORCING = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
-SIZES = {f"depth-{n}": vit_config(32, 768, n, 12, 3072) for n in (3, 6, 12, 24)}
-SIZES |= {f"width-{d}": vit_config(32, d, 12, d // 64, 4 * d) for d in (192, 384, 768, 1024)}
-GROWTH = {
-    "--img_size ": (32, 96, 160, 224, 288, 384),
-    "--model_type depth-": (3, 6, 12, 24),
-    "--model_type width-": (192, 384, 768, 1024),
-    "--train_batch_size ": (4, 8, 16, 32, 64),
-}
-
 # The pairs of each kind of row, ours second: a method and whose it is. {half}: of the level.
 TIMM = ("timm", "timm autocast")
 PEERS = (*TIMM, "torchvision", "torchvision autocast")
 PRODUCT = "product LN{half}"
 PAIRS = {
     "input": [("input PIL", "input LN{half}")],
-    "overhead": [(f"{part} LN{{half}}", "step LN{half}") for part in ("one_batch", "logging")],
-    "startup": [("import_torch LN", "start_training LN")],
     "step": [(other, "step LN{half}") for other in (PRODUCT, *(f"step {p}" for p in PEERS))],
     "fp16": [("step LN", "step LN --fp16")],
     "norms": [(f"step {name}{{half}}", "step LN{half}") for name in NORM_TYPES if name != "LN"],
@@ -87,13 +72,7 @@ PAIRS = {
         for peer in TIMM
         for flag in (" --compile", "")
     ],
-    "growth": [
-        (f"step LN{{half}} {flag}{value}", f"step LN{{half}} {flag}{values[-1]}")
-        for flag, values in GROWTH.items()
-        for value in values[:-1]
-    ],
 }
-ONCE = ("startup", "growth")  # not for each model: of ViT-B_32 alone
 
 
 def main():
@@ -132,7 +111,7 @@ def all_rows(args):
     for kind in args.rows:
         if kind == "cost":
             yield from cost_rows()
-        for model_type in ["ViT-B_32"] if kind in ONCE else args.models:
+        for model_type in args.models:
             done = set()
             for half in (LEVELS[level] for level in args.levels):
                 if kind == "profile":
@@ -151,7 +130,6 @@ contestant = {}  # in a contestant's process: what it runs, and the memory befor
 
 
 def prepare(*which):
-    CONFIGS.update(SIZES)
     contestant["memory"] = highest_memory()
     contestant["run"] = make(*which)
 
@@ -322,7 +300,6 @@ class Ours(Contestant):
         self.dtype = self.precision.input_dtype
         accelerate(self.model, flags.compile)
         self.forward = torch.compile(self.model, dynamic=False) if flags.compile else self.model
-        self.folder = tempfile.TemporaryDirectory()  # gone with the process
 
     @cached_property
     def data(self):
@@ -347,26 +324,6 @@ class Ours(Contestant):
 
     def predict(self, images):
         return self.forward(images)[0].argmax(1)
-
-    @cached_property
-    def log(self):
-        return RunLogger(Path(self.folder.name, "log.txt"), Path(self.folder.name, "events"))
-
-    def logging(self):
-        self.log.log_steps(1, [StepRecord(True, 2.3, 1.0, 1.0, 0.01)], 100.0)
-
-    def import_torch(self):
-        self.python("-c", "import torch")
-
-    def start_training(self):
-        """From the command to the end of a first step that takes next to nothing itself."""
-        flags = "--name first --dataset digits --overwrite --model_type ViT-Ti_16 --img_size 16"
-        flags += " --train_batch_size 1 --num_steps 1 --eval_batch_size 360"
-        self.python(Path(__file__).with_name("train.py"), *flags.split())
-
-    def python(self, *arguments):
-        command = [sys.executable, *arguments]
-        subprocess.run(command, cwd=self.folder.name, check=True, capture_output=True)
 
     @cached_property
     def multiply(self):
