@@ -62,6 +62,20 @@ def test_the_reference_s_trainings_in_its_order(tmp_path, script, dataset, gpu):
     assert status == 0 and errors == "" and not [*tmp_path.iterdir()]
 
 
+def test_pretrained_and_from_scratch(tmp_path):
+    """Pairs of commands that differ in their weights alone."""
+    words = {"NORMS": "RMS Rescale", "DATASETS": "cifar100"}
+    _, printed, status = sweep("train_pretrained.sh", tmp_path, PYTHON="echo", **words)
+    *commands, last = printed.splitlines()
+    assert status == 0 and last.endswith("0 of 4 trainings failed")
+    runs = [vars(parse_args(command.split()[1:])) for command in commands]
+    assert [run["norm_type"] for run in runs] == ["RMS", "RMS", "Rescale", "Rescale"]
+    for tuned, scratch in (runs[:2], runs[2:]):
+        assert {k for k in tuned if tuned[k] != scratch[k]} == {"pretrained_dir"}
+        assert (tuned["pretrained_dir"], scratch["pretrained_dir"]) == ("auto", None)
+        assert (tuned["recipe"], tuned["dataset"], tuned["fp16"]) == ("finetune", "cifar100", True)
+
+
 def test_flags_are_passed_on(tmp_path):
     flags = "--num_steps 2 --output_dir elsewhere --data_dir a*b"
     _, printed, _ = sweep("train3.sh", tmp_path, flags, PYTHON="echo")
