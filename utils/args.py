@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import re
-import sys
 import textwrap
 
 from models.configs import CONFIGS
@@ -210,7 +209,6 @@ def build_parser(recipe="reference"):
 
 def parse_args(argv=None):
     """The validated flags and entries of the recipe. A mistake exits with status 2 and one line."""
-    argv = sys.argv[1:] if argv is None else argv
     first = _Parser(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="reference", choices=RECIPES)
     parser = build_parser(first.parse_known_args(argv)[0].recipe)
@@ -227,11 +225,10 @@ def parse_args(argv=None):
             f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
             f" {args.fp16_opt_level}: O1 and O2 scale the loss"
         )
-    images = TRAIN_IMAGES[args.dataset]
-    if args.val_split >= images:
+    if args.val_split >= TRAIN_IMAGES[args.dataset]:
         parser.error(
             f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
-            f" {images}"
+            f" {TRAIN_IMAGES[args.dataset]}"
         )
     if args.position_resize != "auto" and not args.pretrained_dir:
         parser.error("argument --set: position_resize is not allowed without --pretrained_dir")
