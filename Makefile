@@ -16,8 +16,9 @@ demo: .venv/.installed_to_run  ## trains two norm types on digits, evaluates and
 	$(DEMO) $(DEMO_RUN) --norm_type Rescale --overwrite
 	$(DEMO) $(DEMO_RUN) --norm_type LN --eval
 	$(DEMO) $(DEMO_RUN) --norm_type Rescale --eval
-	$(DEMO) ../plot_acc_loss.py output/*.txt
+	$(DEMO) ../plot_acc_loss.py output/*.txt --above img/plot_attn/*_attention.png
 	$(DEMO) ../results.py output/*.txt
+	@echo "Curves and attention of both: demo/img/plot_acc_loss/overview.png"
 	@echo "Figures: demo/img/. Logs and checkpoints: demo/output/."
 	@echo "Curves: $(BIN)/tensorboard --logdir demo/logs"
 

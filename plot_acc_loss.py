@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log
-from utils.vis_utils import comparison_figure, loss_accuracy_figure, save_figure
+from utils.vis_utils import comparison_figure, loss_accuracy_figure, save_figure, stacked_figure
 
 OUT_DIR = "img/plot_acc_loss"
 
@@ -58,11 +58,17 @@ def main():
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
+    text = "existing figures; the new one above them is {out_dir}/overview.png"
+    parser.add_argument("--above", nargs="+", metavar="FIGURE", default=[], help=text)
     args = parser.parse_args()
     if len(args.logs) == 1:
-        print(plot_log(args.logs[0], args.out_dir))
+        figure = plot_log(args.logs[0], args.out_dir)
     else:
-        print(plot_comparison(args.logs, args.out_dir))
+        figure = plot_comparison(args.logs, args.out_dir)
+    print(figure)
+    if args.above:
+        pictures = [figure, *map(Path, args.above)]
+        print(save_figure(stacked_figure(pictures), Path(args.out_dir) / "overview.png"))
 
 
 if __name__ == "__main__":

@@ -19,3 +19,10 @@ def fold_normalization(weights, mean, std):
     bias = weights[f"{PATCHES}.bias"] + (weight * ((0.5 - mean) / std)).sum((1, 2, 3))
     weights[f"{PATCHES}.weight"] = (weight * (0.5 / std)).astype(weight.dtype)
     weights[f"{PATCHES}.bias"] = bias.astype(weight.dtype)
+
+
+def fold_input(weights, module, scale, shift):
+    """W (s x + t) + b as a linear map of x, in place: W diag(s) and b + W t; s, t: by channel."""
+    weight = weights[f"{module}.weight"]
+    weights[f"{module}.bias"] = weights[f"{module}.bias"] + weight @ shift
+    weights[f"{module}.weight"] = weight * scale

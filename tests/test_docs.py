@@ -12,14 +12,14 @@ from small import batch, small_model
 from torch import nn
 
 from models import norm_blocks, norms
-from models.norms import NORM_TYPES, QK_NORMS
+from models.norms import NORM_TYPES
 from recipes import OPTIMIZERS, RECIPES
 from utils.args import ENTRIES, build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README, NORMS, RECIPE_PAGE = (
-    ROOT / n for n in ("README.md", "docs/norm_types.md", "docs/recipes.md")
+README, NORMS, RECIPE_PAGE, FILES = (
+    ROOT / n for n in ("README.md", "docs/norm_types.md", "docs/recipes.md", "docs/files.md")
 )
 # Flags of programs that are not ours
 FOREIGN = {"--nproc_per_node", "--logdir"}
@@ -60,11 +60,11 @@ def commands(page):
 
 
 def test_norm_types_are_named():
-    """Truth: NORM_TYPES, its order included: each type has one place in either table, no other."""
-    in_readme = [name for row in rows(section(README, "Norm types"))[1:] for name in code(row[1])]
+    """Truth: NORM_TYPES, its order included: each has one place in the table, and its results."""
+    in_readme = {row[0] for row in rows(README.read_text())} & NORM_TYPES.keys()
     in_table = [row for row in rows(NORMS.read_text()) if len(row) == 6 and row[0] != "name"]
     assert [name for row in in_table for name in code(row[0])] == list(NORM_TYPES)
-    assert sorted(in_readme) == sorted(NORM_TYPES)
+    assert in_readme == NORM_TYPES.keys()
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
@@ -75,11 +75,6 @@ def test_the_table_of_norm_types(norm_type):
     assert (row[3] == "none") == isinstance(final, nn.Identity)
     listed = code(section(NORMS, "Recipes and starts").split("in the code):")[1])
     assert (norm_type in listed) == NORM_TYPES[norm_type].block.own_start
-
-
-def test_qk_norms_are_named():
-    row = next(row for row in rows(README.read_text()) if row[0] == "`--qk_norm`")
-    assert code(row[2]) == list(QK_NORMS)
 
 
 def written(value):
@@ -128,22 +123,13 @@ def test_what_the_bench_takes():
     assert {code(row[0])[0]: row[1].strip("`") for row in table} == found
 
 
-def test_the_defaults_of_the_readme():
-    """Truth: the parser's."""
-    defaults = vars(build_parser().parse_args(["--name", "x"]))
-    for row in rows(section(README, "Flags"))[1:]:
-        flags = [name.removeprefix("--") for name in code(row[0])]
-        if row[1] and flags:
-            found = {"off": "False"}.get(row[1], row[1].replace("`", ""))
-            assert found == ", ".join(str(defaults[flag]) for flag in flags)
-
-
 # ---------------------------------------------------------------- files, links
 
 
 def test_the_table_of_files():
     """Truth: the tracked programs, but for empty files; each stands there once."""
-    found = [name for row in rows(section(README, "Files"))[1:] for name in code(row[0])]
+    table = rows(section(FILES, "Files of the program"))[1:]
+    found = [name for row in table for name in code(row[0])]
     try:
         listed = subprocess.run(
             ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True

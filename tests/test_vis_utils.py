@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from PIL import Image
 from programs import call, refused, run, write_log
 
 import plot_acc_loss
@@ -209,3 +210,22 @@ def test_plot_attn_errors(tmp_path, checkpoint, args, flags, words):
 def test_plot_attn_of_a_missing_file(tmp_path):
     done = call(plot_attn.main, tmp_path / "none.bin")
     refused(done, tmp_path / "none.bin", "no such file", program="plot_attn.py")
+
+
+def test_figures_below_the_curves(tmp_path):
+    """Truth: the pixels: each picture is there as wide as the whole, in its own proportions."""
+    logs = [write_log(tmp_path / f"{n}.txt", n, [(1, 0.9, 0.1), (2, 0.8, 0.2)]) for n in ("A", "B")]
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (400, 100), color).save(tmp_path / f"{name}.png")
+    below = [tmp_path / "red.png", tmp_path / "blue.png"]
+    done = call(plot_acc_loss.main, *logs, "--out_dir", tmp_path, "--above", *below)
+    names = [tmp_path / "comparison.png", tmp_path / "overview.png"]
+    assert done.stdout.splitlines() == [str(name) for name in names]
+    curves, whole = (Image.open(name).convert("RGB") for name in names)
+    top = whole.width * curves.height / curves.width
+    assert abs(whole.height - top - whole.width / 2) <= 2
+    for share, color in ((0.125, (255, 0, 0)), (0.375, (0, 0, 255))):
+        for x in (0.02, 0.5, 0.98):
+            assert whole.getpixel((int(x * whole.width), int(top + share * whole.width))) == color
+    done = call(plot_acc_loss.main, *logs, "--out_dir", tmp_path, "--above", logs[0])
+    refused(done, logs[0], "no picture", program="plot_acc_loss.py")

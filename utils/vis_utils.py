@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
+from matplotlib.image import imread
+
+from utils.errors import UserError
 
 LOSS_COLOR, ACCURACY_COLOR = "tab:red", "tab:blue"
 # Told apart by the color-blind too. Source: Wong 2011 (Nature Methods 8, 441), without the yellow.
@@ -117,6 +120,26 @@ def comparison_figure(curves: list[tuple]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return figure
+
+
+def stacked_figure(paths: list[Path]) -> Figure:
+    """The pictures in these files, one below the other, all as wide as the first.
+
+    Raises UserError for a file that is no picture.
+    """
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(imread(path))
+        except (OSError, SyntaxError) as error:  # PIL's for what is no picture
+            raise UserError(f"{path} is no picture that can be read ({error})") from None
+    heights = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    figure = Figure(figsize=(10, 10 * sum(heights)), layout="none")
+    for axes, picture in zip(figure.subplots(len(paths), height_ratios=heights), pictures):
+        axes.imshow(picture)
+        axes.axis("off")
+    figure.subplots_adjust(0, 0, 1, 1, 0, 0)
     return figure
 
 
