@@ -6,7 +6,7 @@ DEMO = cd demo && ../$(BIN)/python
 DEMO_RUN = ../train.py --name demo --dataset digits --model_type ViT-Ti_4 --img_size 8 \
 	--train_batch_size 32 --learning_rate 0.12 --warmup_steps 50 --num_steps 900
 
-.PHONY: setup demo test lint bench soak clean
+.PHONY: setup demo test lint bench check-gpu soak clean
 
 setup: .venv/.installed  ## once: .venv with all that use and development need
 
@@ -31,6 +31,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmark.py
+
+check-gpu: .venv/.installed_to_run  ## what the GPUs here compute against the CPU, as a table
+	$(BIN)/python check_gpu.py
 
 soak: setup
 	$(BIN)/python tests/soak.py

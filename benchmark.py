@@ -43,6 +43,7 @@ from utils import dist_util
 from utils.args import parse_args
 from utils.augmentation import Augmentation
 from utils.data_utils import Resizer, TestBatches, TrainBatches, load_dataset
+from utils.flops import highest_memory
 from utils.optimizers import make_optimizers
 from utils.precision import Precision
 
@@ -144,13 +145,6 @@ def seconds():
 
 def peak_memory():
     return highest_memory() - contestant["memory"]
-
-
-def highest_memory():
-    """Bytes at this process's peak; on a CPU getrusage would tell its parent's too."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def flops(run=None):

@@ -1,4 +1,6 @@
-"""The compute of a training, counted."""
+"""What a training costs: its compute, counted, and its memory."""
+
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,3 +25,10 @@ def training_pflop(flags, num_classes):
     with FlopCounterMode(display=False) as counter:
         model(images, labels).backward()
     return counter.get_total_flops() * parts * flags.num_steps * flags.processes / 1e15
+
+
+def highest_memory():
+    """Bytes at this process's peak; on a CPU getrusage would tell its parent's too."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
