@@ -17,6 +17,7 @@ from torch import nn
 from models.modeling import Attention, Mlp
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+DTYPES = (torch.float32, torch.bfloat16)  # what oneDNN is given; few processors have it for fp16
 MAX_TOKENS = 256  # up to here two batched products are faster than fused attention in bf16
 
 
@@ -167,7 +168,7 @@ class _OneDnnLinear(torch.autograd.Function):
 @contextmanager
 def fixed_weights(model):
     """Within it no weight of `model` changes, so layers may keep theirs as the products want it."""
-    layers = [module for module in model.modules() if isinstance(module, OneDnn)]
+    layers = [m for m in model.modules() if isinstance(m, OneDnn) and m.weight.dtype in DTYPES]
     for layer in layers:
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
     try:
@@ -183,7 +184,7 @@ class OneDnn:
     packed = None  # the weight, within fixed_weights
 
     def takes(self, x):
-        in_kind = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+        in_kind = x.dtype == self.weight.dtype and x.dtype in DTYPES
         return in_kind and not torch.is_autocast_enabled("cpu")
 
     def product(self, x, gelu=False):

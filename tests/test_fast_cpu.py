@@ -245,6 +245,14 @@ def test_linear(dtype, shape, bias, gelu):
         assert error < relative * torch.linalg.vector_norm(truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_fixed_weights_of_other_types(dtype):
+    """Truth: PyTorch's own layer, to the bit: oneDNN has these not everywhere, or not at all."""
+    layer, x = linear(dtype), torch.randn(5, 24).to(dtype)
+    with torch.no_grad(), fixed_weights(layer):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=NEEDS_BF16_UNITS)])
 def test_fixed_weights(dtype, gelu):
