@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from utils.checkpoint import load_model
 from utils.data_utils import DATASETS, load_dataset, resize
@@ -36,10 +37,7 @@ def plot_attention(
     image: (1, 3, S, S) in [-1, 1]. title: the image's, such as its class.
     Raises UserError if the model has none of the blocks, OSError if a figure cannot be written.
     """
-    was_training = model.training
-    _, weights = model.eval()(image)
-    model.train(was_training)
-    weights = [attention[0].float().cpu().numpy() for attention in weights]  # (heads, N, N) each
+    weights = _attention_weights(model, image)
     layers = [i for i in layers if 0 <= i < len(weights)]
     if not layers:
         raise UserError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
@@ -49,11 +47,30 @@ def plot_attention(
     for i in layers:
         figure = attention_map_figure(weights[i][0], f"{norm_type}, block {i}, head 0")
         paths.append(save_figure(figure, out_dir / f"{norm_type}_layer_{i}.png"))
+    figure = _class_token_figure(weights, image, layers, title)
+    return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
+
+
+@torch.no_grad()
+def attention_figure(model, image, title="input") -> Figure:
+    """The class token's attention over the image; arguments as above."""
+    weights = _attention_weights(model, image)
+    return _class_token_figure(weights, image, [i for i in LAYERS if i < len(weights)], title)
+
+
+def _attention_weights(model, image):
+    """One (heads, N, N) array a block."""
+    was_training = model.training
+    _, weights = model.eval()(image)
+    model.train(was_training)
+    return [attention[0].float().cpu().numpy() for attention in weights]
+
+
+def _class_token_figure(weights, image, layers, title):
     pixels = (0.5 + 0.5 * image[0].float()).clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
     maps = {f"block {i}": weights[i].mean(axis=0)[0, 1:] for i in layers}
     maps["rollout"] = attention_rollout(weights)
-    figure = class_token_figure(pixels, maps, title)
-    return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
+    return class_token_figure(pixels, maps, title)
 
 
 @reported

@@ -54,7 +54,7 @@ def class_token_figure(image: np.ndarray, maps: dict[str, np.ndarray], title: st
     image: (S, S, 3) in [0, 1]. maps: title -> attention to each patch, (N-1,), N-1 a square number.
     Each map has its own color scale, given above it.
     """
-    figure = Figure(figsize=(2.1 * (len(maps) + 1), 2.9), layout="constrained")
+    figure = Figure(figsize=(2.1 * (len(maps) + 1), 3.1), layout="constrained")
     first, *others = figure.subplots(1, len(maps) + 1)
     first.imshow(image)
     first.set_title(f"{title}\n")
