@@ -43,10 +43,10 @@ def tensorboard(folder):
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment(), **pipes) as server:
         try:
-            printed = iter(server.stderr.readline, "")
-            yield next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+/", s) for s in printed)))[
-                0
-            ]
+            for line in server.stderr:
+                if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                    break
+            yield found[0]
         finally:
             server.terminate()
 
