@@ -3,7 +3,8 @@
     python3 plot_attn.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F_checkpoint.bin
 
 Writes {out_dir}/{norm}_layer_{i}.png, the first head's attention map of block i, and
-{out_dir}/{norm}_attention.png, the class token's attention over the image.
+{out_dir}/{norm}_attention.png, the class token's attention over the image. Without a class token
+it is the mean of all tokens' attention, as such a model takes their mean.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from utils.errors import UserError, reported
 from utils.vis_utils import (
     attention_map_figure,
     attention_rollout,
-    class_token_figure,
+    patches_figure,
     save_figure,
+    to_patches,
 )
 
 LAYERS = (0, 3, 6, 9)
@@ -47,15 +49,16 @@ def plot_attention(
     for i in layers:
         figure = attention_map_figure(weights[i][0], f"{norm_type}, block {i}, head 0")
         paths.append(save_figure(figure, out_dir / f"{norm_type}_layer_{i}.png"))
-    figure = _class_token_figure(weights, image, layers, title)
+    figure = _patches_figure(model, weights, image, layers, title)
     return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
 
 
 @torch.no_grad()
 def attention_figure(model, image, title="input") -> Figure:
-    """The class token's attention over the image; arguments as above."""
+    """The class token's or mean attention over the image; arguments as above."""
     weights = _attention_weights(model, image)
-    return _class_token_figure(weights, image, [i for i in LAYERS if i < len(weights)], title)
+    layers = [i for i in LAYERS if i < len(weights)]
+    return _patches_figure(model, weights, image, layers, title)
 
 
 def _attention_weights(model, image):
@@ -66,11 +69,12 @@ def _attention_weights(model, image):
     return [attention[0].float().cpu().numpy() for attention in weights]
 
 
-def _class_token_figure(weights, image, layers, title):
+def _patches_figure(model, weights, image, layers, title):
+    class_token = model.transformer.embeddings.has_class_token
     pixels = (0.5 + 0.5 * image[0].float()).clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
-    maps = {f"block {i}": weights[i].mean(axis=0)[0, 1:] for i in layers}
-    maps["rollout"] = attention_rollout(weights)
-    return class_token_figure(pixels, maps, title)
+    maps = {f"block {i}": to_patches(weights[i].mean(axis=0), class_token) for i in layers}
+    maps["rollout"] = attention_rollout(weights, class_token)
+    return patches_figure(pixels, maps, title, class_token)
 
 
 @reported

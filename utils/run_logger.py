@@ -172,7 +172,7 @@ class RunLogger:
             self.writer.add_scalar(tag, value, step)
 
     def attention(self, step: int, model, images) -> None:
-        """Adds a figure of the class token's attention over the first image to TensorBoard."""
+        """Adds a figure of the attention over the first image to TensorBoard."""
         if not self.active:
             return
         from plot_attn import attention_figure  # matplotlib takes a second, which few runs need
