@@ -6,7 +6,7 @@ DEMO = cd demo && ../$(BIN)/python
 DEMO_RUN = ../train.py --name demo --dataset digits --model_type ViT-Ti_4 --img_size 8 \
 	--train_batch_size 32 --learning_rate 0.12 --warmup_steps 50 --num_steps 900
 
-.PHONY: setup demo test lint bench check-gpu soak clean
+.PHONY: setup demo test lint bench check-gpu soak tensorboard clean
 
 setup: .venv/.installed  ## once: .venv with all that use and development need
 
@@ -37,6 +37,9 @@ check-gpu: .venv/.installed_to_run  ## what the GPUs here compute against the CP
 
 soak: setup
 	$(BIN)/python tests/soak.py
+
+tensorboard: .venv/.installed_to_run  ## the curves in logs/, for this machine's browsers only
+	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
 
 clean:  ## caches only
 	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,8 @@
     python3 plot_attn.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F_checkpoint.bin
 
 Writes {out_dir}/{norm}_layer_{i}.png, the first head's attention map of block i, and
-{out_dir}/{norm}_attention.png, the class token's attention over the image.
+{out_dir}/{norm}_attention.png, the class token's attention over the image. Without a class token
+it is the mean of all tokens' attention, as such a model takes their mean.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from utils.checkpoint import load_model
 from utils.data_utils import DATASETS, load_dataset, resize
@@ -18,8 +20,9 @@ from utils.errors import UserError, reported
 from utils.vis_utils import (
     attention_map_figure,
     attention_rollout,
-    class_token_figure,
+    patches_figure,
     save_figure,
+    to_patches,
 )
 
 LAYERS = (0, 3, 6, 9)
@@ -36,10 +39,7 @@ def plot_attention(
     image: (1, 3, S, S) in [-1, 1]. title: the image's, such as its class.
     Raises UserError if the model has none of the blocks, OSError if a figure cannot be written.
     """
-    was_training = model.training
-    _, weights = model.eval()(image)
-    model.train(was_training)
-    weights = [attention[0].float().cpu().numpy() for attention in weights]  # (heads, N, N) each
+    weights = _attention_weights(model, image)
     layers = [i for i in layers if 0 <= i < len(weights)]
     if not layers:
         raise UserError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
@@ -49,11 +49,32 @@ def plot_attention(
     for i in layers:
         figure = attention_map_figure(weights[i][0], f"{norm_type}, block {i}, head 0")
         paths.append(save_figure(figure, out_dir / f"{norm_type}_layer_{i}.png"))
-    pixels = (0.5 + 0.5 * image[0].float()).clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
-    maps = {f"block {i}": weights[i].mean(axis=0)[0, 1:] for i in layers}
-    maps["rollout"] = attention_rollout(weights)
-    figure = class_token_figure(pixels, maps, title)
+    figure = _patches_figure(model, weights, image, layers, f"{norm_type}: {title}")
     return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
+
+
+@torch.no_grad()
+def attention_figure(model, image, title="input") -> Figure:
+    """The class token's or mean attention over the image; arguments as above."""
+    weights = _attention_weights(model, image)
+    layers = [i for i in LAYERS if i < len(weights)]
+    return _patches_figure(model, weights, image, layers, title)
+
+
+def _attention_weights(model, image):
+    """One (heads, N, N) array a block."""
+    was_training = model.training
+    _, weights = model.eval()(image)
+    model.train(was_training)
+    return [attention[0].float().cpu().numpy() for attention in weights]
+
+
+def _patches_figure(model, weights, image, layers, title):
+    class_token = model.transformer.embeddings.has_class_token
+    pixels = (0.5 + 0.5 * image[0].float()).clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # (S, S, 3)
+    maps = {f"block {i}": to_patches(weights[i].mean(axis=0), class_token) for i in layers}
+    maps["rollout"] = attention_rollout(weights, class_token)
+    return patches_figure(pixels, maps, title, class_token)
 
 
 @reported

@@ -151,6 +151,7 @@ def train(args, files, device, stop):
                     log.log_evaluation(step, loss, run["accuracy"])
                     log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
                     if args.log_signal and dist_util.is_main():
+                        log.attention(step, model, next(iter(test_batches))[0])
                         log.scalars(step, signal_scalars(model, *next(iter(test_batches))))
                     if run["accuracy"] > run["best_accuracy"]:
                         run["best_accuracy"] = run["accuracy"]

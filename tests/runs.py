@@ -87,7 +87,9 @@ def content(path):
 def lines(log):
     """A log's lines without times and what may change, nor those that tell of interruptions."""
     text = re.sub(r"^\d\S+ \d\S+ - ", "", log.read_text(), flags=re.M)
-    text = re.sub(r" (resume|stop_after|deterministic)=[^,)]*| commit \S+$", "", text, flags=re.M)
+    text = re.sub(
+        r" (resume|stop_after|deterministic|log_signal)=[^,)]*| commit \S+$", "", text, flags=re.M
+    )
     told = re.compile(
         r"INFO - train - (Resumed from |Stopped |last |Training speed|--fp16 |.*; passed over)"
     )

@@ -7,7 +7,7 @@ command.
 import shutil
 
 import pytest
-from programs import TINY, refused, run
+from programs import TINY, events, refused, run
 from runs import (
     AFTER_RENAME,
     BEFORE_RENAME,
@@ -102,6 +102,17 @@ def test_bf16_without_its_units(forks, reference, tmp_path):
     assert forks.run(args, tmp_path, IN_STEP.format(8), check=False).returncode == KILLED
     forks.run(args, tmp_path)
     assert_same(tmp_path, reference(flags))
+
+
+def test_looking_at_the_signal_changes_nothing(forks, reference, tmp_path):
+    """Killed before its checkpoint of step 12, it still has one figure of each evaluation."""
+    args = [*RESUME, "--log_signal"]
+    died = forks.run(args, tmp_path, BEFORE_SAVE.format(12), check=False)
+    assert died.returncode == KILLED
+    forks.run(args, tmp_path)
+    assert_same(tmp_path, reference())
+    figures = events(next(tmp_path.glob("logs/tiny_*"))).Images("attention")
+    assert [figure.step for figure in figures] == [4, 8, 12, 16]
 
 
 def test_killed_before_the_first_checkpoint(forks, reference, tmp_path):

@@ -1,17 +1,20 @@
 """Each block's signal against other ways to its numbers, and plot_signal.py as run."""
 
 import copy
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
-from programs import call, refused, run, scalars
+from programs import call, events, refused, run, scalars
 from scipy.stats import entropy
 from small import NORMS, batch, random_state, small_model
 
+import plot_attn
 import plot_signal
 from models.configs import CONFIGS
 from models.fast_cpu import accelerate
@@ -168,19 +171,28 @@ def test_what_is_not_finite_is_passed_through(value):
 
 
 def test_log_signal_of_a_training(tmp_path):
-    """Truth: `signal_stats` of the last step's checkpoint, on the first 128 test images."""
+    """Truth: the last step's checkpoint, on the first 128 test images; its figure of the first."""
     flags = "--name signal --dataset digits --model_type ViT-64x4_4 --img_size 8 --num_steps 3"
     run([*flags.split(), "--warmup_steps", "1", "--eval_every", "2", "--log_signal"], tmp_path)
     model, flags = load_model(next(tmp_path.glob("output/*_final.bin")))
     dataset = load_dataset("digits")
     images = resize(dataset.test_images[:128], flags.img_size)
     expected = signal_stats(model, images, dataset.test_labels[:128])
-    logged = scalars(next(tmp_path.glob("logs/signal_*")))
+    folder = next(tmp_path.glob("logs/signal_*"))
+    logged = scalars(folder)
     for name, values in expected.items():
         for block, value in enumerate(values, start=1):
             step, got = logged[f"signal/{name}/block_{block}"][-1]
             assert (step, got) == (3, pytest.approx(value, rel=1e-4)), f"{name} of block {block}"
     assert len([tag for tag in logged if tag.startswith("signal/")]) == 4 * 4
+
+    model, _ = load_model(next(tmp_path.glob("output/*_final.bin")), vis=True)
+    canvas = FigureCanvasAgg(plot_attn.attention_figure(model, images[:1], "test image 0"))
+    canvas.draw()
+    figures = events(folder).Images("attention")
+    assert [figure.step for figure in figures] == [2, 3]
+    drawn = 255 * imread(io.BytesIO(figures[-1].encoded_image_string))
+    np.testing.assert_allclose(drawn, np.asarray(canvas.buffer_rgba())[..., :3], atol=3)
 
 
 def test_figure_holds_the_numbers_given():

@@ -1,6 +1,7 @@
 """Attention rollout against other ways to it, figures against their data, programs as run."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.vis_utils import (
     attention_rollout,
-    class_token_figure,
     comparison_figure,
     loss_accuracy_figure,
+    patches_figure,
 )
 
 
@@ -35,6 +36,9 @@ def test_rollout_of_two_blocks_by_hand():
     first = np.array([[[0.9, 0.1], [0.4, 0.6]], [[0.3, 0.7], [0.0, 1.0]]])
     second = np.array([[[0.5, 0.5], [0.0, 1.0]]])
     np.testing.assert_allclose(attention_rollout([first, second]), [0.375])
+    # Without a class token, the columns' means of the product [[.625, .375], [.1, .9]].
+    both = attention_rollout([first, second], class_token=False)
+    np.testing.assert_allclose(both, [0.3625, 0.6375])
 
 
 def test_rollout_is_the_sum_over_paths():
@@ -61,7 +65,7 @@ def test_heat_lies_over_the_patch_attended_to():
     patches[1 * 4 + 3] = 1  # second row, last column
     image = np.zeros((32, 32, 3))
     image[16:24, :8] = 1  # third row, first column
-    figure = class_token_figure(image, {"block 0": patches}, "cat")
+    figure = patches_figure(image, {"block 0": patches}, "cat")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3].mean(axis=-1)  # rows from the bottom up
@@ -97,10 +101,15 @@ def test_training_curves_hold_the_numbers_given():
 class Stub(torch.nn.Module):
     """Stands for a model of 5 blocks, 2 heads and 3x3 patches; refuses to run in training mode."""
 
+    def __init__(self, class_token):
+        super().__init__()
+        self.tokens = 9 + class_token
+        self.transformer = SimpleNamespace(embeddings=SimpleNamespace(has_class_token=class_token))
+
     def forward(self, x):
         assert not self.training and not torch.is_grad_enabled()
-        rng = np.random.default_rng(1)
-        return None, [torch.tensor(softmax_rows(rng, len(x), 2, 10, 10)) for _ in range(5)]
+        rng, shape = np.random.default_rng(1), (len(x), 2, self.tokens, self.tokens)
+        return None, [torch.tensor(softmax_rows(rng, *shape)) for _ in range(5)]
 
 
 def is_drawn(path) -> bool:
@@ -108,13 +117,21 @@ def is_drawn(path) -> bool:
     return len(np.unique(imread(path)[..., :3] @ [1, 256, 256**2])) > 50  # a number per color
 
 
-def test_plot_attention_draws_the_blocks_there_are(tmp_path):
-    model, image = Stub().train(), torch.rand(1, 3, 24, 24) * 2 - 1
+@pytest.mark.parametrize("class_token", [True, False])
+def test_plot_attention_draws_the_blocks_there_are(tmp_path, class_token):
+    model, image = Stub(class_token).train(), torch.rand(1, 3, 24, 24) * 2 - 1
     paths = plot_attn.plot_attention(model, image, "BN", (0, 3, 6, 9), tmp_path / "a")
     assert [path.name for path in paths] == ["BN_layer_0.png", "BN_layer_3.png", "BN_attention.png"]
     assert all(is_drawn(path) for path in paths)
     assert not np.array_equal(imread(paths[0]), imread(paths[1]))
     assert model.training
+    figure = plot_attn.attention_figure(model, image)
+    grids = [axes.images[1].get_array() for axes in figure.axes[1:]]
+    assert [grid.shape for grid in grids] == [(3, 3)] * 3
+    with torch.no_grad():
+        means = [a[0].mean(0) for a in model.eval()(image)[1]]
+    expected = means[3][0, 1:] if class_token else means[3].mean(0)
+    np.testing.assert_allclose(grids[1].flatten(), expected, rtol=1e-6)
     with pytest.raises(UserError, match="blocks 0 to 4"):
         plot_attn.plot_attention(model, image, "BN", (5, -1), tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from utils.log_reader import EVALUATION, messages
+from utils.signal_stats import measured_copy
 
 BLOCK = re.compile(r"^(?=.* - (?:\*{5} Running Validation|Best Accuracy:|End Training!))", re.M)
 SKIPPED = re.compile(r"^.* - Skipped: .*\n", re.M)
@@ -170,6 +171,15 @@ class RunLogger:
         for tag, value in values.items() if self.active else ():
             self.writer.add_scalar(tag, value, step)
 
+    def attention(self, step: int, model, images) -> None:
+        """Adds a figure of the attention over the first image to TensorBoard."""
+        if not self.active:
+            return
+        from plot_attn import attention_figure  # matplotlib takes a second, which few runs need
+
+        figure = attention_figure(measured_copy(model), images[:1].float(), "test image 0")
+        self.writer.add_figure("attention", figure, step)
+
     def text(self, tag: str, text: str) -> None:
         """Adds a text to TensorBoard."""
         if self.active:
@@ -184,7 +194,8 @@ class RunLogger:
         plain = (bool, int, float, str)
         flags = {k: v if isinstance(v, plain) else str(v) for k, v in flags.items()}
         # SummaryWriter.add_hparams would use a sub-folder, which TensorBoard shows as a second run.
-        for summary in hparams(flags, metrics):
+        # Its first summary lists the columns; without, TensorBoard begins with those that differ.
+        for summary in hparams(flags, metrics)[1:]:
             self.writer.file_writer.add_summary(summary)
         self.scalars(0, metrics)
 

@@ -25,7 +25,7 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
     measured, in fp32 and evaluation mode, all tokens of its last block too: the model and the
     random state stay as they are. What is not finite gives nan or inf.
     """
-    model = _copy(model)
+    model = measured_copy(model)
     blocks = model.transformer.encoder.layer
     outputs, sums = {}, {}
     for i, block in enumerate(blocks):
@@ -62,12 +62,13 @@ def signal_scalars(model, images, labels) -> dict[str, float]:
     }
 
 
-def _copy(model):
+def measured_copy(model):
     """`model` in fp32 and evaluation mode, all blocks computing all tokens, keeping attention."""
     weights = [block.attn.weights for block in model.transformer.encoder.layer]
     # The last pass's weights may be part of its graph, and such tensors cannot be copied.
     model = copy.deepcopy(model, {id(a): a.detach() for a in weights if a is not None})
     model.float().eval().requires_grad_(True)
+    model.vis = True
     for block in model.transformer.encoder.layer:
         block.attn.vis = True
         # The last block may be asked for the class token alone: have it compute all.

@@ -23,11 +23,19 @@ SIGNAL_LABELS = {
 }
 
 
-def attention_rollout(weights: list[np.ndarray]) -> np.ndarray:
-    """How much of each patch reaches the class token through all blocks.
+def to_patches(attention: np.ndarray, class_token=True) -> np.ndarray:
+    """The class token's attention to the patches, (N-1,); without one the tokens' mean, (N,).
+
+    attention: (N, N), rows are queries.
+    """
+    return attention[0, 1:] if class_token else attention.mean(axis=0)
+
+
+def attention_rollout(weights: list[np.ndarray], class_token=True) -> np.ndarray:
+    """How much of each patch reaches the class token through all blocks; without one, the mean.
 
     weights: one (heads, N, N) array a block, in the blocks' order; rows are queries and sum to 1.
-    Returns (N-1,): the class token's row of the product of 0.5 A + 0.5 I, A the mean over heads.
+    Returns `to_patches` of the product of 0.5 A + 0.5 I, A the mean over heads.
 
     Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3.
     """
@@ -35,7 +43,7 @@ def attention_rollout(weights: list[np.ndarray]) -> np.ndarray:
     for attention in weights:
         mixed = 0.5 * attention.mean(axis=0) + 0.5 * np.eye(len(rollout))
         rollout = mixed / mixed.sum(axis=-1, keepdims=True) @ rollout
-    return rollout[0, 1:]
+    return to_patches(rollout, class_token)
 
 
 def attention_map_figure(attention: np.ndarray, title: str) -> Figure:
@@ -51,13 +59,13 @@ def attention_map_figure(attention: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def class_token_figure(image: np.ndarray, maps: dict[str, np.ndarray], title: str) -> Figure:
-    """The image beside itself under each map of the class token's attention.
+def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) -> Figure:
+    """The image beside itself under each map of the attention to its patches.
 
-    image: (S, S, 3) in [0, 1]. maps: title -> attention to each patch, (N-1,), N-1 a square number.
+    image: (S, S, 3) in [0, 1]. maps: title -> attention of `to_patches`, a square number of them.
     Each map has its own color scale, given above it.
     """
-    figure = Figure(figsize=(2.1 * (len(maps) + 1), 2.9), layout="constrained")
+    figure = Figure(figsize=(2.1 * (len(maps) + 1), 3.1), layout="constrained")
     first, *others = figure.subplots(1, len(maps) + 1)
     first.imshow(image)
     first.set_title(f"{title}\n")
@@ -72,8 +80,9 @@ def class_token_figure(image: np.ndarray, maps: dict[str, np.ndarray], title: st
         axes.set_title(f"{name}\n{100 * grid.min():.2g} to {100 * grid.max():.2g}%")
     for axes in (first, *others):
         axes.set_axis_off()
+    whose = "the class token's" if class_token else "all tokens' mean"
     figure.supxlabel(
-        "the class token's attention to each patch, from the least (dark) to the most (bright)",
+        f"{whose} attention to each patch, from the least (dark) to the most (bright)",
         fontsize="medium",
     )
     return figure
