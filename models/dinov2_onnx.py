@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from models.folding import IMAGENET, fold_gain, fold_normalization
 from models.google_layout import POSITIONS
+from models.timm_layout import IMAGENET, fold_gain, fold_normalization
 
 # Names in the ONNX model, those of Hugging Face's Dinov2 -> ours: outside the blocks, in a block.
 MODULES = {

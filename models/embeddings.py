@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
     def forward(self, x):
         x = self.patch_embeddings(x).flatten(2).transpose(1, 2)  #  (B, patches, D)
         if self.has_class_token:
-            class_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+            class_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([class_token, x], dim=1)  #               (B, N, D)
         return self.dropout(x + self.position_embeddings.to(x.dtype))
 

@@ -32,7 +32,7 @@ def load_pretrained(model, file, position_resize="auto"):
     """
     file = Path(file)
     state = model.state_dict()
-    weights = read_weights(file, gains={_plain(key) for key in state if key.endswith(GAIN)})
+    weights = read_weights(file, wanted={_plain(key) for key in state})
     arrays = weights.arrays
     if weights.is_google:
         names = {key: google_name(_plain(_weight(key))) or key for key in state}

@@ -7,49 +7,67 @@ import re
 
 import numpy as np
 
-from models.folding import fold_gain
-from models.timm_names import BLOCK, MODULES
+from models.timm_names import TIMM_NAMES
 
 UNUSED = ("mask_token",)  # of DINOv2's training
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its pixels
+PATCHES = "transformer.embeddings.patch_embeddings"
+OURS = {theirs: ours for ours, theirs in TIMM_NAMES.items()}
+BRANCHES = {  # of timm's gains: our gain's name, the linear map before it
+    "ls1": ("attention_gain", "attn.out"),
+    "ls2": ("ffn_gain", "ffn.fc2"),
+}
 
 
 def is_timm(arrays):
     return "patch_embed.proj.weight" in arrays
 
 
-def from_timm(arrays, gains=()):
-    """Arrays under timm's names as ours.
+def from_timm(arrays, wanted):
+    """Arrays under timm's names as ours. `wanted`: the names in our model.
 
-    LayerScale's gains go where `gains` says that the model has them, else into the weights before
-    them: diag(g) (W x + b). Raises ValueError for what a model of ours has no place for.
+    Gains of LayerScale go where the model has such, else into the weights before them: diag(g)
+    (W x + b). Raises ValueError for what the model has no place for, KeyError for what is missing.
     """
-    ours, scales = {}, {}
-    theirs = {name: key for key, name in MODULES.items()}
-    in_block = {name: key for key, name in BLOCK.items()}
+    ours, gains = {}, {}
     for name, array in arrays.items():
         module, _, kind = name.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-        prefix = f"transformer.encoder.layer.{block[1]}." if block else ""
-        part = block[2] if block else None
+        block = re.match(r"blocks\.(\d+)\.", name)
+        number = block[1] if block else ""
+        module = re.sub(r"^blocks\.\d+\.", "blocks.*.", module)
+        part = module.removeprefix("blocks.*.")
+        prefix = f"transformer.encoder.layer.{number}."
         if name in UNUSED:
             continue
         if part == "attn.qkv" and len(array) % 3 == 0:
             for key, third in zip(("query", "key", "value"), np.split(array, 3)):
                 ours[f"{prefix}attn.{key}.{kind}"] = third
-        elif part in ("ls1", "ls2") and kind == "gamma":
-            branch = "attention" if part == "ls1" else "ffn"
-            scales[prefix, branch] = array
-        elif part in in_block and kind in ("weight", "bias"):
-            ours[f"{prefix}{in_block[part]}.{kind}"] = array
-        elif name in theirs:
-            ours[theirs[name]] = array
-        elif module in theirs and kind in ("weight", "bias"):
-            ours[f"{theirs[module]}.{kind}"] = array
+        elif part in BRANCHES and kind == "gamma":
+            gains[prefix, part] = array
         else:
-            raise ValueError(f"has {name}, for which a model of ours has no place")
-    for (prefix, branch), scale in scales.items():
-        if f"{prefix}{branch}_gain" in gains:
-            ours[f"{prefix}{branch}_gain"] = scale
-            continue
-        fold_gain(ours, prefix + {"attention": "attn.out", "ffn": "ffn.fc2"}[branch], scale)
+            key = OURS.get(name) or f"{OURS.get(module)}.{kind}".replace("*", number)
+            if key not in wanted and ("None" in key or "query_norm" in key or "key_norm" in key):
+                raise ValueError(f"has {name}, for which the model has no place")
+            ours[key] = array
+    for (prefix, part), gain in gains.items():
+        own_gain, linear = BRANCHES[part]
+        if prefix + own_gain in wanted:
+            ours[prefix + own_gain] = gain
+        else:
+            fold_gain(ours, prefix + linear, gain)
     return ours
+
+
+def fold_gain(weights, module, gain):
+    """g (W x + b) as a linear map, in place: diag(g) W and g b. `gain`: one factor a channel."""
+    weights[f"{module}.weight"] = gain[:, None] * weights[f"{module}.weight"]
+    weights[f"{module}.bias"] = gain * weights[f"{module}.bias"]
+
+
+def fold_normalization(weights, mean, std):
+    """Have the patch embedding take our input, (x - 0.5) / 0.5, where it took (x - mean) / std."""
+    mean, std = (np.asarray(values)[:, None, None] for values in (mean, std))
+    weight = weights[f"{PATCHES}.weight"]  # (D, 3, patch, patch)
+    bias = weights[f"{PATCHES}.bias"] + (weight * ((0.5 - mean) / std)).sum((1, 2, 3))
+    weights[f"{PATCHES}.weight"] = (weight * (0.5 / std)).astype(weight.dtype)
+    weights[f"{PATCHES}.bias"] = bias.astype(weight.dtype)

@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.download import DOWNLOADABLE
-from models.folding import IMAGENET, fold_normalization
 from models.google_layout import RESIZE
-from models.timm_layout import from_timm, is_timm
+from models.timm_layout import IMAGENET, fold_normalization, from_timm, is_timm
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -30,9 +29,11 @@ class WeightFile:
     notes: list = field(default_factory=list)  # lines to log
 
 
-def read_weights(file, gains=()):
-    """The `WeightFile` in `file`. `gains`: our names of LayerScale's gains that the model has; all
-    others are folded into the weights before them. Raises UserError."""
+def read_weights(file, wanted):
+    """The `WeightFile` in `file`, for a model of ours with arrays of these names.
+
+    Raises UserError.
+    """
     if not file.is_file():
         raise UserError(
             f"--pretrained_dir {file}: no such file; --pretrained_dir auto gets it for"
@@ -51,7 +52,7 @@ def read_weights(file, gains=()):
         return WeightFile(arrays)
     normalization = _normalization(file, arrays, metadata)
     try:
-        arrays = from_timm(arrays, gains)
+        arrays = from_timm(arrays, wanted)
         notes = []
         if normalization:
             fold_normalization(arrays, *normalization)

@@ -16,7 +16,7 @@ from models.norms import NORM_TYPES
 from recipes import reference
 from utils import dist_util
 from utils.args import ENTRIES
-from utils.data_utils import DATASETS
+from utils.data_utils import CLASSES, DATASETS
 from utils.errors import UserError
 from utils.run_files import result_flags
 
@@ -24,16 +24,23 @@ FORMAT = 3  # of the checkpoints that continue a run
 
 
 def save_checkpoint(content, path):
-    """Write `content` to `path`: a temporary name, fsync, rename, fsync of the folder.
+    """Write `content` to `path`, whole or not at all, as `write_file` does.
 
     A checkpoint is a plain torch.save file, a zip archive with a CRC for each of its entries.
+    """
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def write_file(path, write):
+    """Have `write(file)` fill a temporary name; fsync, rename to `path`, fsync of the folder.
+
     Raises OSError (disk full, read-only folder, ...); a file already at `path` is then as it was.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -100,7 +107,7 @@ def load_model(path, vis=False):
     flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # an older run's
     vars(flags).update(saved["flags"])
     check_flags(flags, f"{path}: its ")
-    model = build_model(flags, len(saved["model"]["head.bias"]), vis)
+    model = build_model(flags, len(CLASSES[flags.dataset]), vis)
     load_weights(model, saved["model"], path)
     return model, flags
 

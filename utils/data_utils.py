@@ -19,6 +19,20 @@ from utils.errors import UserError
 SIDE = 32  # pixels, both ways, of every stored image
 TRAIN_IMAGES = {"cifar10": 50000, "cifar100": 50000, "digits": 1437}
 DATASETS = tuple(TRAIN_IMAGES)
+CLASSES = {  # in the order of the labels, as the data sets have them
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "cifar100": """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split(),
+    "digits": list("0123456789"),
+}
 
 
 @dataclass
@@ -67,7 +81,7 @@ def load_dataset(name, data_dir="data"):
         images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(split.targets)
 
-    return Dataset(*tensors(train), *tensors(test), train.classes)
+    return Dataset(*tensors(train), *tensors(test), CLASSES[name])
 
 
 def hold_out(dataset, n):
@@ -88,8 +102,7 @@ def _digits():
     images = images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 0
-    classes = [str(name) for name in digits.target_names]
-    return Dataset(images[~test], labels[~test], images[test], labels[test], classes)
+    return Dataset(images[~test], labels[~test], images[test], labels[test], CLASSES["digits"])
 
 
 def sample_boxes(n, generator, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)):
