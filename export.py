@@ -3,10 +3,10 @@
     python3 export.py output/NAME_checkpoint.bin                     # for timm
     python3 export.py output/NAME_checkpoint.bin --output NAME.onnx  # for ONNX Runtime and others
 
-A .safetensors file has the weights by timm's names. timm's blocks are x + F(LN(x)), so it is only
-for the norm types whose layers and scales fold into such blocks without a change of the logits. An
-.onnx file has the model itself, of any norm type, from images (B, 3, S, S) in [-1, 1] to logits.
-The metadata of both tell the classes' names and what else is needed to use the model.
+A .safetensors file has the weights by timm's names. timm's blocks are x + F(Norm(x)), so it is
+for norm types that fold into such blocks without a change of the logits. An .onnx file has the
+model itself, of any norm type, from images (B, 3, S, S) in [-1, 1] to logits. The metadata of both
+tell the classes' names and what else is needed to use the model.
 """
 
 import argparse
@@ -126,10 +126,10 @@ def main():
     text = "NAME.safetensors or NAME.onnx (the checkpoint's name, with .safetensors)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=text)
     args = parser.parse_args()
+    model, flags = load_model(args.checkpoint)
     output = args.output or Path(args.checkpoint).with_suffix(".safetensors")
     if output.suffix not in FORMATS:
-        raise UserError(f"--output {output}: ends with neither of {', '.join(FORMATS)}")
-    model, flags = load_model(args.checkpoint)
+        raise UserError(f"--output {output}: its name ends with none of {', '.join(FORMATS)}")
     for module in [m for m in model.eval().modules() if parametrize.is_parametrized(m)]:
         parametrize.remove_parametrizations(module, "weight")  # leaves the weight they give
     metadata = {

@@ -304,6 +304,7 @@ def test_bad_checkpoints(tmp_path, program):
 
     fails(tmp_path / "none.bin", "no such file")
     fails(tmp_path, "no readable checkpoint")
+    fails("/", "no readable checkpoint")
     fails(tmp_path / "a.png", "refused")
     bad.write_bytes(good.read_bytes()[:-1000])
     fails(bad, "no readable checkpoint")
