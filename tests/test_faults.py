@@ -219,10 +219,10 @@ def test_nothing_loads_pickles():
 def test_nothing_serves_tensorboard_to_the_public():
     shipped = sources("*.py", "*.sh", "*.md", "*.toml", "Makefile*", "models/*", "utils/*", ".ci/*")
     for path, text in shipped.items():
-        assert not re.search(r"bind_all|0\.0\.0\.0|--host", text), path
+        assert not re.search(r"bind_all|0\.0\.0\.0|--host(?! 127\.0\.0\.1)", text), path
         lines = text.splitlines() if path.suffix != ".md" else []
         starts = [line for line in lines if re.search(r"tensorboard +-|program\.TensorBoard", line)]
-        assert all("echo" in line for line in starts), path
+        assert all("echo" in line or "--host 127.0.0.1" in line for line in starts), path
 
 
 # Saves that fail

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from forks import Forks
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from models.configs import CONFIGS
 from models.norms import NORM_TYPES
@@ -204,27 +206,36 @@ def test_command_lines(forks, folder):
 
 @pytest.fixture(scope="module")
 def originals(forks, tmp_path_factory):
-    """Good files: a checkpoint to go on from, one of weights alone, and a .npz of Google's form."""
+    """Good files: a checkpoint to go on from, one of weights alone, Google's and timm's."""
     folder = tmp_path_factory.mktemp("originals")
     forks.run([*BASE, "--stop_after", "1"], folder)
     forks.run([*BASE, "--resume"], folder)
     (step,) = folder.glob("output/*_step_1.bin")
     (best,) = folder.glob("output/*_final.bin")
     setup = """
-from models import pretrained
+from models.google_layout import google_name, google_shape
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
 def main():
     model = VisionTransformer(CONFIGS["ViT-Ti_4"], 8, num_classes=10)
-    named = {pretrained._google_name(k): v for k, v in model.state_dict().items()}
-    shapes = {k: pretrained._google_shape(k, tuple(v.shape), 3) for k, v in named.items()}
+    named = {google_name(k): v for k, v in model.state_dict().items()}
+    shapes = {k: google_shape(k, tuple(v.shape), 3) for k, v in named.items()}
     np.savez("google.npz", **{k: np.zeros(shape, np.float32) for k, shape in shapes.items()})
     return 0
 train.main = main
 """
     forks.run([], folder, setup)
     files = {"step": step, "weights": best, "npz": folder / "google.npz"}
-    return {kind: file.read_bytes() for kind, file in files.items()}
+    size = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 1,
+        "num_heads": 3,
+        "mlp_ratio": 1,
+    }
+    theirs = save(timm.models.VisionTransformer(**size).state_dict())
+    return {kind: file.read_bytes() for kind, file in files.items()} | {"safetensors": theirs}
 
 
 def mutated_bytes(data, rng):
@@ -321,11 +332,11 @@ def test_files(forks, folder, originals):
     @given(st.integers(0, 2**32))
     def check(number):
         rng = random.Random(number)
-        kind = rng.choice(["step", "weights", "weights", "npz"])
+        kind = rng.choice(["step", "weights", "weights", "npz", "safetensors"])
         place, data = folder(), originals[kind]
         mutations = {"weights": [mutated_weights], "npz": [mutated_arrays, with_header]}
         data = rng.choice([mutated_bytes, *mutations.get(kind, ())])(data, rng)
-        file = Path(place, "mutated.bin")
+        file = Path(place, "mutated" + (".safetensors" if kind == "safetensors" else ".bin"))
         file.write_bytes(data)
 
         args, program = [*BASE], "train"
@@ -333,6 +344,7 @@ def test_files(forks, folder, originals):
             "step": ["--resume", "--resume", "newest", "plot_attn"],
             "weights": ["--pretrained_dir", "--pretrained_dir", "--eval", "plot_attn"],
             "npz": ["--pretrained_dir"],
+            "safetensors": ["--pretrained_dir"],
         }
         use = rng.choice(uses[kind])
         if use == "plot_attn":
@@ -343,7 +355,7 @@ def test_files(forks, folder, originals):
             file.rename(f"{place}/output/{RUN_NAME}_{name}.bin")
             args += ["--resume"] if use == "newest" else [use]
         else:
-            args += [use, "mutated.bin"]
+            args += [use, file.name]
         was_run = run(forks, args, place, program)
         counts["run" if was_run else "refused"] += 1
         assert not os.path.exists(f"{place}/exploded")
