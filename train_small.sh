@@ -14,18 +14,20 @@ set -eu
 
 # shellcheck source=utils/sweep.sh
 . "$(dirname "$0")/utils/sweep.sh"
-dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench}
+dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} rates=rates seeds=seeds
+[ "$recipe" = bench ] || rates=rates_$recipe seeds=seeds_$recipe
 python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
 
 best() {  # a norm type's best learning rate, and the next one if it is the lowest or highest tried
+    logs=output/${dataset}_*_norm_$1_*_$rates[,.]*txt
     # shellcheck disable=SC2086  # a pattern of file names
-    "$python" "$here/results.py" --best_rates output/${dataset}_*_norm_$1_*_rates*.txt | cut -d " " -f 2-
+    "$python" "$here/results.py" --best_rates $logs | cut -d " " -f 2-
 }
 
 try_rate() {
-    train --name rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
+    train --name $rates --dataset "$dataset" --recipe "$recipe" --norm_type "$norm" \
         --learning_rate "$rate" --val_split "${HELD_OUT:-5000}" --resume "$@"
 }
 
@@ -43,7 +45,7 @@ done
 for norm in $norms; do
     rate=$(best "$norm" | cut -d " " -f 1)
     for seed in ${SEEDS:-42 43 44}; do
-        [ -z "$rate" ] || train --name seeds --dataset "$dataset" --recipe "$recipe" \
+        [ -z "$rate" ] || train --name $seeds --dataset "$dataset" --recipe "$recipe" \
             --norm_type "$norm" --learning_rate "$rate" --seed "$seed" --resume "$@"
     done
 done

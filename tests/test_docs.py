@@ -88,7 +88,8 @@ def test_recipes_and_entries():
     text = RECIPE_PAGE.read_text()
     args = {name: vars(parse_args(["--name", "x", "--recipe", name])) for name in RECIPES}
     flags, entries = (rows(section(RECIPE_PAGE, heading)) for heading in ("Flags", "Entries"))
-    assert flags[0] == ["flag", *(f"`{name}`" for name in RECIPES)]
+    pages = [name for name in RECIPES if not name.startswith("bench_")]
+    assert flags[0] == ["flag", *(f"`{name}`" for name in pages)]
     shown = ["reference", "small", "finetune"]
     assert entries[0][:4] == ["entry", *(f"`{name}`" for name in shown)]
     found = [code(row[0])[0] for row in flags[1:] + entries[1:]]
@@ -96,13 +97,19 @@ def test_recipes_and_entries():
     assert [name for name in found if name in ENTRIES] == list(ENTRIES)
     assert len(found) == len(set(found))
     for row in flags[1:]:
-        assert row[1:] == [written(args[name][code(row[0])[0]]) for name in RECIPES]
+        assert row[1:] == [written(args[name][code(row[0])[0]]) for name in pages]
     for row in entries[1:]:
         name = code(row[0])[0]
         assert row[1:4] == [written(args[recipe][name]) for recipe in shown]
         assert args["bench"][name] == args["small"][name]
-    for name in RECIPES:
+    for name in pages:
         assert f"`{name}`" in text and f"`{name}`" in README.read_text()
+    variants = rows(section(RECIPE_PAGE, "The bench's second axis"))
+    assert {code(row[0])[0]: code(row[1]) for row in variants[1:]} == {
+        name: [f"{k}={written(v)}" for k, v in page().items() if args["bench"].get(k) != v]
+        for name, page in RECIPES.items()
+        if name.startswith("bench_")
+    }
 
 
 def test_optimizers():

@@ -174,6 +174,7 @@ rate=$(echo "$@" | sed "s/.*learning_rate //; s/ .*//")
 say() {{ printf "11/25/2026 01:00:00 - INFO - train - %s\\n" "$1"; }}
 mkdir -p output
 log="output/cifar10_x_norm_LN_x_rates,$rate.txt"
+touch "output/cifar10_x_norm_LN_x_rates_bench_adamw.txt"  # of another sweep
 case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
 {{
     say "Training parameters Namespace(dataset='cifar10', model_type='x', norm_type='LN',\
@@ -189,7 +190,7 @@ case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
     words = {"NORMS": "LN", "SEEDS": "1 2"}
     errors, printed, status = sweep("train_small.sh", tmp_path, PYTHON=python, **words)
     assert status == 0, errors
-    rates = [path.name.split(",")[1] for path in tmp_path.glob("output/*rates*")]
+    rates = [path.name.split(",")[1] for path in tmp_path.glob("output/*rates,*")]
     tried = ["0.005", "0.01", "0.02", "0.04", "0.08", "0.16"]
     assert sorted(rates) == [f"{rate}.txt" for rate in tried]
     assert [path.name for path in tmp_path.glob("output/seeds*")] == ["seeds_0.08.txt"]
