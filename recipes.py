@@ -119,7 +119,7 @@ def bench_adamw():
 def bench_no_warmup():
     """`bench` without a warmup: which norm types need one?
 
-        RECIPE=bench_no_warmup NORMS="LN Post TFixup SigmaReparam" sh train_small.sh
+    RECIPE=bench_no_warmup NORMS="LN Post TFixup SigmaReparam" sh train_small.sh
     """
     recipe = bench()
     recipe.update(warmup_steps=0)
@@ -129,7 +129,7 @@ def bench_no_warmup():
 def bench_12_blocks():
     """`bench` with 12 blocks in place of 4: 0.016 PFLOP a run.
 
-        RECIPE=bench_12_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+    RECIPE=bench_12_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
     """
     recipe = bench()
     recipe.update(model_type="ViT-64x12_4")
@@ -139,7 +139,7 @@ def bench_12_blocks():
 def bench_24_blocks():
     """`bench` with 24 blocks in place of 4: 0.03 PFLOP a run.
 
-        RECIPE=bench_24_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+    RECIPE=bench_24_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
     """
     recipe = bench()
     recipe.update(model_type="ViT-64x24_4")
