@@ -72,7 +72,8 @@ class GroupNorm(nn.Module):
         self.layer = nn.GroupNorm(groups, dim, eps=EPS)
 
     def forward(self, x):
-        return self.layer(x.mT).mT
+        # An image one pixel high: on a CPU, PyTorch's kernel for these is over twice as fast.
+        return self.layer(x.mT.unsqueeze(2)).squeeze(2).mT
 
 
 class DyT(nn.Module):
