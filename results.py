@@ -6,8 +6,9 @@
     python3 results.py --best_rates output/*.txt        # METHOD LEARNING_RATE [NEXT_RATE] lines
 
 Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
-minutes. Other recipes' runs count at the end of their schedule, over seeds. Runs with --val_split
-are a sweep: validation accuracy by learning rate. Files that are no result logs are passed over.
+minutes. Other recipes' runs count at the end of their schedule, over seeds; a * marks pretrained
+weights. Runs with --val_split are a sweep: validation accuracy by learning rate. Files that are no
+result logs are passed over.
 """
 
 import argparse
@@ -68,8 +69,8 @@ def markdown_tables(runs: list[RunLog]) -> str:
 
 
 def _heading(group) -> str:
-    dataset, recipe, model_type, steps = group
-    return f"{dataset}, recipe {recipe}, {model_type}, {steps} steps"
+    dataset, recipe, model, steps = group
+    return f"{dataset}, recipe {recipe}, {model}, {steps} steps"
 
 
 def _reference_table(runs) -> str:
@@ -104,13 +105,15 @@ def _test_table(runs) -> str:
         percent = [100 * accuracy for accuracy in setting.accuracies]
         spread = f" ± {stdev(percent):.2f}" if len(percent) > 1 else ""
         result = f"{mean(percent):.2f}{spread} (n = {len(percent)})" if percent else "none finished"
-        pflop = [run.pflop for run in setting.runs if run.pflop is not None]
-        speed = [run.images_per_s for run in setting.runs if run.images_per_s is not None]
         row = [setting.method, f"{setting.rate:g}", setting.runs[0].total_parameters or ""]
-        row += [f"{mean(pflop):.3g}" if pflop else "", f"{mean(speed):.0f}" if speed else ""]
+        for name, form in ("pflop", ".3g"), ("images_per_s", ".0f"), ("minutes", ".1f"):
+            values = [getattr(run, name) for run in setting.runs]
+            values = [value for value in values if value is not None]
+            row.append(f"{mean(values):{form}}" if values else "")
         rows.append([*row, result, str(setting.diverged)])
     result = "final test accuracy (%) as mean ± sample standard deviation"
-    titles = ["method", "peak learning rate", "parameters", "PFLOP", "images/s", result, "diverged"]
+    titles = ["method", "peak learning rate", "parameters", "PFLOP", "images/s", "minutes"]
+    titles += [result, "diverged"]
     return _markdown(titles, rows)
 
 

@@ -17,7 +17,7 @@ from utils.vis_utils import compute_figure, learning_rate_figure, method_figure
 
 OUR_LOGS = sorted((ROOT / "output").glob("*.txt"))
 TITLES = (
-    "| method | peak learning rate | parameters | PFLOP | images/s |"
+    "| method | peak learning rate | parameters | PFLOP | images/s | minutes |"
     " final test accuracy (%) as mean ± sample standard deviation | diverged |"
 )
 
@@ -123,22 +123,28 @@ def test_other_recipes_count_at_their_end_over_seeds(log):
     spread = {m: f"{100 * mean(a):.2f} ± {100 * stdev(a):.2f}" for m, a in values.items()}
     assert spread == {"LN": "63.00 ± 2.65", "RMS": "70.50 ± 0.71"}
     assert table(*logs) == [
-        "### cifar10, recipe small, ViT-64x4_4, 200 steps",
+        "### cifar10, recipe small, ViT-64x4_4 at 32 px, 200 steps",
         "",
         TITLES,
-        "|---|---|---|---|---|---|---|",
-        "| RMS | 0.02 | 0.2M | 0.0123 | 1234 | 70.50 ± 0.71 (n = 2) | 1 |",
-        "| LN | 0.04 | 0.2M | 0.0123 | 1234 | 65.50 (n = 1) | 0 |",
-        "| LN | 0.02 | 0.2M | 0.0123 | 1234 | 63.00 ± 2.65 (n = 3) | 0 |",
-        "| BN | 0.02 | 0.2M | 0.0123 |  | none finished | 2 |",
-        "| GN | 0.02 | 0.2M | 0.0123 |  | none finished | 0 |",
+        "|---|---|---|---|---|---|---|---|",
+        "| RMS | 0.02 | 0.2M | 0.0123 | 1234 | 12.3 | 70.50 ± 0.71 (n = 2) | 1 |",
+        "| LN | 0.04 | 0.2M | 0.0123 | 1234 | 12.3 | 65.50 (n = 1) | 0 |",
+        "| LN | 0.02 | 0.2M | 0.0123 | 1234 | 12.3 | 63.00 ± 2.65 (n = 3) | 0 |",
+        "| BN | 0.02 | 0.2M | 0.0123 |  |  | none finished | 2 |",
+        "| GN | 0.02 | 0.2M | 0.0123 |  |  | none finished | 0 |",
         "",
-        "### cifar100, recipe small, ViT-64x4_4, 200 steps",
+        "### cifar100, recipe small, ViT-64x4_4 at 32 px, 200 steps",
         "",
         TITLES,
-        "|---|---|---|---|---|---|---|",
-        "| LN | 0.02 | 0.2M | 0.0123 | 1234 | 50.00 (n = 1) | 0 |",
+        "|---|---|---|---|---|---|---|---|",
+        "| LN | 0.02 | 0.2M | 0.0123 | 1234 | 12.3 | 50.00 (n = 1) | 0 |",
     ]
+
+
+def test_a_star_marks_pretrained_weights(log):
+    logs = [log("LN", 0.5), log("LN", 0.9, pretrained_dir="auto"), log("BN", 0.4)]
+    methods = [row.split(" | ")[0] for row in table(*logs)[4:]]
+    assert methods == ["| LN*", "| LN", "| BN"]
 
 
 def test_a_row_names_the_flags_that_are_not_the_same_in_all(log):
@@ -170,7 +176,7 @@ def sweep(log):
 def test_a_sweep_and_its_best_rates(log, sweep):
     test_run = log("LN", 0.9)
     assert table(test_run, *sweep)[6:] == [
-        "### cifar10, recipe small, ViT-64x4_4, 200 steps:"
+        "### cifar10, recipe small, ViT-64x4_4 at 32 px, 200 steps:"
         " final validation accuracy (%) by peak learning rate",
         "",
         "| method | 0.01 | 0.02 | 0.0316228 | 0.04 |",
@@ -345,9 +351,9 @@ def test_figure_of_compute(tmp_path, log, figures):
     (axes,) = figures["accuracy_by_compute"].axes
     found = {line.get_label(): points(line) for line in axes.lines}
     assert found == {
-        "cifar10, recipe reference, ViT-64x4_4, 200 steps": [(0.012345, 55)],
-        "cifar10, recipe small, ViT-64x4_4, 200 steps": [(0.012345, 60)],
-        "cifar10, recipe small, ViT-64x4_4, 400 steps": [(0.012345, 70)],
+        "cifar10, recipe reference, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 55)],
+        "cifar10, recipe small, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 60)],
+        "cifar10, recipe small, ViT-64x4_4 at 32 px, 400 steps": [(0.012345, 70)],
         "published": [(2, 89.17), (2.8, 91.45), (14.3, 91.38), (3, 82.18), (252, 69.7)],
     }
     assert axes.get_xscale() == "log" and "PFLOP" in axes.get_xlabel()

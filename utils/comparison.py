@@ -9,7 +9,7 @@ from utils.log_reader import OPERATIONAL, RunLog
 # Flags that make no other method: how a run was carried out, and what its group, its name or its
 # column in a table says already.
 NO_METHOD = {*OPERATIONAL, "eval_every", "dataset", "recipe", "model_type", "num_steps"}
-NO_METHOD |= {"norm_type", "learning_rate", "seed"}
+NO_METHOD |= {"norm_type", "learning_rate", "seed", "img_size", "pretrained_dir"}
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,20 @@ class Setting:
 
 
 def grouped(runs) -> list[tuple]:
-    """((dataset, recipe, model_type, num_steps), its runs) of all of these, sorted."""
+    """((dataset, recipe, model and image size, num_steps), its runs) of all of these, sorted."""
     groups = defaultdict(list)
     for run in runs:
         steps = run.flags.get("num_steps", 0)
-        groups[run.dataset, run.flags["recipe"], run.model_type, steps].append(run)
+        model = f"{run.model_type} at {run.img_size} px"
+        groups[run.dataset, run.flags["recipe"], model, steps].append(run)
     return sorted(groups.items())
 
 
 def settings(runs: list[RunLog]) -> list[Setting]:
     """The runs by method, then by learning rate.
 
-    A method is its norm type and the other flags that are not the same in all of `runs`.
+    A method is its norm type, with a * if it started from pretrained weights, and the other flags
+    that are not the same in all of `runs`.
     """
     names = {name for run in runs for name in run.flags} - NO_METHOD
     names = [n for n in sorted(names) if len({str(run.flags.get(n)) for run in runs}) > 1]
@@ -55,7 +57,7 @@ def settings(runs: list[RunLog]) -> list[Setting]:
     for run in runs:
         values = [(name, run.flags.get(name)) for name in names]
         words = [f"{name}={value}" for name, value in values if value not in (None, "none")]
-        method = ", ".join([run.norm_type, *words])
+        method = ", ".join([run.norm_type + "*" * run.pretrained, *words])
         found[method, run.flags.get("learning_rate", 0.0)].append(run)
     return [Setting(*key, members) for key, members in sorted(found.items())]
 
