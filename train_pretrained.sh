@@ -3,7 +3,7 @@
 #
 #     sh train_pretrained.sh
 #
-# 0.1 PFLOP a run. Flags are passed on to every training. What is finished is skipped, and what is
+# 0.065 PFLOP a run. Flags are passed on to every training. What is finished is skipped, and what is
 # not goes on from its checkpoint. NORMS, DATASETS and PYTHON replace what is below.
 set -eu
 
@@ -15,7 +15,7 @@ for dataset in ${DATASETS:-cifar10 cifar100}; do
         for weights in "--pretrained_dir auto" ""; do
             # shellcheck disable=SC2086  # two words, or none
             train --name tuned --dataset "$dataset" --recipe finetune --norm_type "$norm" $weights \
-                --fp16 --num_steps 176 --warmup_steps 9 --eval_every 176 --resume "$@"
+                --fp16 --num_steps 128 --warmup_steps 6 --eval_every 128 --resume "$@"
         done
     done
 done
