@@ -12,7 +12,13 @@ from pathlib import Path
 
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log
-from utils.vis_utils import comparison_figure, loss_accuracy_figure, save_figure, stacked_figure
+from utils.vis_utils import (
+    comparison_figure,
+    distinct,
+    loss_accuracy_figure,
+    save_figure,
+    stacked_figure,
+)
 
 OUT_DIR = "img/plot_acc_loss"
 
@@ -39,9 +45,7 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
             print(f"plot_acc_loss.py: left out: {run.path} holds no evaluation", file=sys.stderr)
     if not runs:
         raise UserError("no log holds an evaluation")
-    labels = [_label(run) for run in runs]
-    for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
-        labels[i] = runs[i].path.stem  # runs alike are told apart by their files
+    labels = distinct([_label(run) for run in runs], [run.path for run in runs])
     curves = [(label, run.steps, run.loss, run.accuracy) for label, run in zip(labels, runs)]
     return save_figure(comparison_figure(curves), Path(out_dir) / "comparison.png")
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from utils.checkpoint import load_model
-from utils.data_utils import DATASETS, load_dataset, resize
-from utils.errors import UserError, reported
-from utils.vis_utils import (
+from utils.attention_figures import (
     attention_map_figure,
     attention_rollout,
     patches_figure,
-    save_figure,
     to_patches,
 )
+from utils.checkpoint import load_model
+from utils.data_utils import DATASETS, load_dataset, resize
+from utils.errors import UserError, reported
+from utils.vis_utils import save_figure
 
 LAYERS = (0, 3, 6, 9)
 OUT_DIR = "img/plot_attn"

@@ -28,7 +28,7 @@ from utils.checkpoint import check_flags, load_model
 from utils.data_utils import load_dataset, resize
 from utils.errors import reported
 from utils.signal_stats import IMAGES, signal_stats
-from utils.vis_utils import save_figure, signal_figure
+from utils.vis_utils import distinct, save_figure, signal_figure
 
 OUT_DIR = "img/plot_signal"
 AT_START = {"model_type": "ViT-Ti_4", "img_size": 32, "dataset": "cifar10"}  # by default
@@ -88,9 +88,7 @@ def main():
         label = f"{flags.model_type} {flags.norm_type}, at the start"
         lines.append(line(label, model, flags, solid=False))
     labels = [f"{flags.model_type} {flags.norm_type}, trained" for _, _, flags in runs]
-    for (path, model, flags), label in zip(runs, labels):
-        if labels.count(label) > 1:  # runs alike are told apart by their files
-            label = Path(path).stem
+    for (_, model, flags), label in zip(runs, distinct(labels, args.checkpoints)):
         lines.append(line(label, model, flags, solid=True))
     print(save_figure(signal_figure(lines), Path(args.out_dir) / "signal.png"))
 

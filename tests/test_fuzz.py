@@ -45,7 +45,8 @@ data_utils._digits = lambda: digits
 urllib.request.urlopen = unittest.mock.Mock(side_effect=urllib.error.URLError("no network"))
 os.fsync = lambda descriptor: None
 run_logger._environment = lambda: ""  # it asks git
-for name in ("plot_acc_loss", "utils.vis_utils"):  # no figures, nor matplotlib's import
+# No figures, nor matplotlib's import
+for name in ("plot_acc_loss", "utils.attention_figures", "utils.vis_utils"):
     sys.modules[name] = unittest.mock.MagicMock()
 """
 LIMITS = f"limit('AS', {6 * GiB}); limit('FSIZE', {GiB >> 4})"

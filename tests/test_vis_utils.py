@@ -15,14 +15,10 @@ import plot_acc_loss
 import plot_attn
 from models.configs import CONFIGS
 from models.modeling import VisionTransformer
+from utils.attention_figures import attention_rollout, patches_figure
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.vis_utils import (
-    attention_rollout,
-    comparison_figure,
-    loss_accuracy_figure,
-    patches_figure,
-)
+from utils.vis_utils import comparison_figure, loss_accuracy_figure
 
 
 def softmax_rows(rng, *shape):

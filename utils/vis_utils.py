@@ -1,4 +1,4 @@
-"""Arrays to matplotlib figures: attention maps, training curves, results. Needs no torch."""
+"""Matplotlib figures of training curves, of the signal in the blocks, and of results."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,12 @@ from matplotlib.image import imread
 
 from utils.errors import UserError
 
-LOSS_COLOR, ACCURACY_COLOR = "tab:red", "tab:blue"
+LOSS_LABEL, ACCURACY_LABEL = "test loss (cross entropy, nats)", "test accuracy (%)"
 # Told apart by the color-blind too. Source: Wong 2011 (Nature Methods 8, 441), without the yellow.
 SAFE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 BLUE, VERMILION = SAFE_COLORS[4:6]
 MARKERS = "osv^DPX*"
+BELOW = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": "small"}
 SIGNAL_LABELS = {
     "activation_rms": "RMS of the block's output",
     "grad_norm": "norm of the block's gradients",
@@ -23,87 +24,38 @@ SIGNAL_LABELS = {
 }
 
 
-def to_patches(attention: np.ndarray, class_token=True) -> np.ndarray:
-    """The class token's attention to the patches, (N-1,); without one the tokens' mean, (N,).
-
-    attention: (N, N), rows are queries.
-    """
-    return attention[0, 1:] if class_token else attention.mean(axis=0)
+def distinct(labels: list[str], paths) -> list[str]:
+    """The labels of these files' runs; where several are alike, the files' names instead."""
+    names = [Path(path).stem for path in paths]
+    return [name if labels.count(text) > 1 else text for text, name in zip(labels, names)]
 
 
-def attention_rollout(weights: list[np.ndarray], class_token=True) -> np.ndarray:
-    """How much of each patch reaches the class token through all blocks; without one, the mean.
-
-    weights: one (heads, N, N) array a block, in the blocks' order; rows are queries and sum to 1.
-    Returns `to_patches` of the product of 0.5 A + 0.5 I, A the mean over heads.
-
-    Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3.
-    """
-    rollout = np.eye(weights[0].shape[-1])
-    for attention in weights:
-        mixed = 0.5 * attention.mean(axis=0) + 0.5 * np.eye(len(rollout))
-        rollout = mixed / mixed.sum(axis=-1, keepdims=True) @ rollout
-    return to_patches(rollout, class_token)
+def _style(axes) -> None:
+    """A pale grid, and no frame above and at the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
 
 
-def attention_map_figure(attention: np.ndarray, title: str) -> Figure:
-    """One head's attention (N, N), queries down, keys across; token 0 is the class token.
-
-    The largest 0.5% of the weights share the brightest color: else a few would darken the rest.
-    """
-    figure = Figure(figsize=(5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(attention, interpolation="nearest", vmax=np.quantile(attention, 0.995))
-    axes.set(title=title, xlabel="key token (0: class token)", ylabel="query token")
-    figure.colorbar(image, label="attention weight", extend="max")
-    return figure
-
-
-def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) -> Figure:
-    """The image beside itself under each map of the attention to its patches.
-
-    image: (S, S, 3) in [0, 1]. maps: title -> attention of `to_patches`, a square number of them.
-    Each map has its own color scale, given above it.
-    """
-    figure = Figure(figsize=(2.1 * (len(maps) + 1), 3.1), layout="constrained")
-    first, *others = figure.subplots(1, len(maps) + 1)
-    first.imshow(image)
-    first.set_title(f"{title}\n")
-    edge = len(image) - 0.5
-    for axes, (name, patches) in zip(others, maps.items(), strict=True):
-        axes.imshow(
-            image.mean(axis=-1), cmap="gray", vmin=-0.5, vmax=1
-        )  # pale: no shade hides heat
-        grid = patches.reshape(math.isqrt(len(patches)), -1)
-        extent = (-0.5, edge, edge, -0.5)
-        axes.imshow(grid, cmap="inferno", alpha=0.6, interpolation="bilinear", extent=extent)
-        axes.set_title(f"{name}\n{100 * grid.min():.2g} to {100 * grid.max():.2g}%")
-    for axes in (first, *others):
-        axes.set_axis_off()
-    whose = "the class token's" if class_token else "all tokens' mean"
-    figure.supxlabel(
-        f"{whose} attention to each patch, from the least (dark) to the most (bright)",
-        fontsize="medium",
-    )
-    return figure
+def _marker(steps) -> str | None:
+    """Marks the points of a short curve: a line through a single one would not be seen."""
+    return "." if len(steps) <= 20 else None
 
 
 def loss_accuracy_figure(steps, loss, accuracy, title: str) -> Figure:
     """Test loss (left axis) and test accuracy (right, given in [0, 1]) over optimizer steps."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     loss_axes = figure.add_subplot()
-    accuracy_axes = loss_axes.twinx()
-    percent = 100 * np.asarray(accuracy)
-    loss_axes.plot(steps, loss, color=LOSS_COLOR, marker=_marker(steps))
-    accuracy_axes.plot(steps, percent, color=ACCURACY_COLOR, marker=_marker(steps))
     loss_axes.set(title=title, xlabel="optimizer step")
-    loss_axes.set_ylabel("test loss (cross entropy, nats)", color=LOSS_COLOR)
-    accuracy_axes.set_ylabel("test accuracy (%)", color=ACCURACY_COLOR)
-    loss_axes.tick_params(axis="y", colors=LOSS_COLOR)
-    accuracy_axes.tick_params(axis="y", colors=ACCURACY_COLOR)
-    for axes in (loss_axes, accuracy_axes):
-        axes.spines["top"].set_visible(False)
     loss_axes.grid(axis="x", alpha=0.3)
+    percent = 100 * np.asarray(accuracy)
+    for axes, values, label, color in (
+        (loss_axes, loss, LOSS_LABEL, "tab:red"),
+        (loss_axes.twinx(), percent, ACCURACY_LABEL, "tab:blue"),
+    ):
+        axes.plot(steps, values, color=color, marker=_marker(steps))
+        axes.set_ylabel(label, color=color)
+        axes.tick_params(axis="y", colors=color)
+        axes.spines["top"].set_visible(False)
     return figure
 
 
@@ -121,14 +73,11 @@ def comparison_figure(curves: list[tuple]) -> Figure:
         style = {"color": color, "linewidth": 1.2, "marker": _marker(steps)}
         accuracy_axes.plot(steps, 100 * np.asarray(accuracy), label=label, **style)
         loss_axes.plot(steps, loss, **style)
-    accuracy_axes.set_ylabel("test accuracy (%)")
-    loss_axes.set_ylabel("test loss (cross entropy, nats)")
-    for axes in (accuracy_axes, loss_axes):
-        axes.set_xlabel("optimizer step")
+    for axes, label in ((accuracy_axes, ACCURACY_LABEL), (loss_axes, LOSS_LABEL)):
+        axes.set(xlabel="optimizer step", ylabel=label)
         axes.locator_params(axis="x", nbins=5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+        _style(axes)
+    figure.legend(**BELOW)
     return figure
 
 
@@ -159,11 +108,6 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _marker(steps) -> str | None:
-    """Marks the points of a short curve: a line through a single one would not be seen."""
-    return "." if len(steps) <= 20 else None
-
-
 def signal_figure(lines: list[tuple]) -> Figure:
     """Four quantities over the blocks, a panel each; one color a group, one marker a line.
 
@@ -187,14 +131,10 @@ def signal_figure(lines: list[tuple]) -> Figure:
             axes.set_yscale("log")
         axes.set_ylabel(SIGNAL_LABELS[name])
         axes.locator_params(axis="x", integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+        _style(axes)
         if axes.get_subplotspec().is_last_row():
             axes.set_xlabel("block")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
-    )
+    figure.legend(*axes.get_legend_handles_labels(), **BELOW)
     return figure
 
 
@@ -220,9 +160,8 @@ def method_figure(accuracies: dict[str, list], title: str) -> Figure:
     axes.set(title=title, xlabel="test accuracy at the end of the schedule (%)")
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(-0.6, len(methods) - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    _style(axes)
+    figure.legend(**BELOW)
     return figure
 
 
@@ -233,20 +172,18 @@ def learning_rate_figure(sweeps: dict[str, dict], title: str) -> Figure:
     """
     rows = math.ceil(len(sweeps) / 6)
     columns = math.ceil(len(sweeps) / rows)
-    size = (max(2.2 * columns, 6), 2 * rows + 1.2)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for panel in grid.flat[len(sweeps) :]:
+    figure = Figure(figsize=(max(2.2 * columns, 6), 2 * rows + 1.2), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for panel in panels[len(sweeps) :]:
         panel.set_visible(False)
     curves = {
         method: [(rate, 100 * value) for rate, value in sorted(sweep.items()) if value is not None]
         for method, sweep in sweeps.items()
     }
-    baseline = _baseline(
-        {m: max(value for _, value in curve) for m, curve in curves.items() if curve}
-    )
+    baseline = _baseline({m: max(y for _, y in curve) for m, curve in curves.items() if curve})
     rates = sorted({rate for sweep in sweeps.values() for rate in sweep})
-    for panel, method in zip(grid.flat, sweeps, strict=False):
+    legend = {}
+    for number, (panel, method) in enumerate(zip(panels, sweeps, strict=False)):
         for other in sorted(curves, key=lambda other: (other == baseline, other)):
             if other != method and curves[other]:
                 style = {"color": "0.85", "linewidth": 1, "label": "other methods"}
@@ -260,24 +197,19 @@ def learning_rate_figure(sweeps: dict[str, dict], title: str) -> Figure:
         if diverged:  # at the panel's bottom, whatever its scale
             style = {"color": VERMILION, "transform": panel.get_xaxis_transform()}
             panel.plot(diverged, [0.06] * len(diverged), "X", label="diverged", **style)
+        legend |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels())}
         panel.set_title(method.replace(", ", "\n"), fontsize="small")
         panel.set_xscale("log")
         panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=60, fontsize="x-small")
         panel.minorticks_off()
         panel.margins(x=0.1)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3)
-    for column in range(columns):  # the lowest panel of a column that an empty place ends
-        lowest = [panel for panel in grid[:, column] if panel.get_visible()][-1]
-        lowest.tick_params(axis="x", labelbottom=True)
-        lowest.set_xlabel("peak learning rate", fontsize="small")
+        _style(panel)
+        if number + columns >= len(sweeps):  # no panel below it
+            panel.tick_params(axis="x", labelbottom=True)
+            panel.set_xlabel("peak learning rate", fontsize="small")
     figure.suptitle(title)
     figure.supylabel("final validation accuracy (%)")
-    legend = {}
-    for panel in grid.flat:
-        legend |= {text: handle for handle, text in zip(*panel.get_legend_handles_labels())}
-    place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": "small"}
-    figure.legend(legend.values(), legend.keys(), **place)
+    figure.legend(legend.values(), legend.keys(), **BELOW | {"ncols": 4})
     return figure
 
 
@@ -302,9 +234,8 @@ def compute_figure(runs: list[tuple], published: list[tuple]) -> Figure:
     axes.margins(x=0.1, y=0.1)
     axes.set(xlabel="compute of training (PFLOP)", ylabel="CIFAR-10 test accuracy (%)")
     axes.set_title("From scratch, at the end of training")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    _style(axes)
+    figure.legend(**BELOW | {"ncols": 2})
     return figure
 
 
