@@ -2,8 +2,10 @@
 
     python3 plot_acc_loss.py output/cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_F_demo.txt
     python3 plot_acc_loss.py output/cifar10_*.txt
+    python3 plot_acc_loss.py output/cifar10_*.txt --reference FOLDER/output/cifar10_*.txt
 
 One log gives {out_dir}/{norm}_loss_acc.png; several give one comparison, {out_dir}/comparison.png.
+With --reference, {out_dir}/reference.png has the runs as points on the reference's curves.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from utils.vis_utils import (
     comparison_figure,
     distinct,
     loss_accuracy_figure,
+    reference_figure,
     save_figure,
     stacked_figure,
 )
@@ -29,7 +32,8 @@ def plot_log(path, out_dir=OUT_DIR) -> Path:
     if not run.steps:
         raise UserError(f"{path} holds no evaluation")
     figure = loss_accuracy_figure(run.steps, run.loss, run.accuracy, _label(run))
-    return save_figure(figure, Path(out_dir) / f"{run.norm_type}_loss_acc.png")
+    name = run.norm_type + "_pretrained" * run.pretrained
+    return save_figure(figure, Path(out_dir) / f"{name}_loss_acc.png")
 
 
 def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
@@ -37,6 +41,19 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
 
     A log without an evaluation is left out, and named on stderr.
     """
+    runs = _with_evaluations(paths)
+    labels = distinct([_label(run) for run in runs], [run.path for run in runs])
+    return save_figure(comparison_figure(_curves(runs, labels)), Path(out_dir) / "comparison.png")
+
+
+def plot_reference(paths, reference_paths, out_dir=OUT_DIR) -> Path:
+    """Draws our runs on the reference's curves and returns its path. Raises UserError, OSError."""
+    ours, references = _with_evaluations(paths), _with_evaluations(reference_paths)
+    curves = [_curves(runs, map(_label, runs)) for runs in (ours, references)]
+    return save_figure(reference_figure(*curves), Path(out_dir) / "reference.png")
+
+
+def _with_evaluations(paths) -> list[RunLog]:
     runs = []
     for run in map(read_log, paths):
         if run.steps:
@@ -45,9 +62,11 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
             print(f"plot_acc_loss.py: left out: {run.path} holds no evaluation", file=sys.stderr)
     if not runs:
         raise UserError("no log holds an evaluation")
-    labels = distinct([_label(run) for run in runs], [run.path for run in runs])
-    curves = [(label, run.steps, run.loss, run.accuracy) for label, run in zip(labels, runs)]
-    return save_figure(comparison_figure(curves), Path(out_dir) / "comparison.png")
+    return runs
+
+
+def _curves(runs, labels):
+    return [(label, run.steps, run.loss, run.accuracy) for label, run in zip(labels, runs)]
 
 
 def _label(run: RunLog) -> str:
@@ -64,8 +83,12 @@ def main():
     parser.add_argument("--out_dir", default=OUT_DIR, help="folder for the figure (%(default)s)")
     text = "existing figures; the new one above them is {out_dir}/overview.png"
     parser.add_argument("--above", nargs="+", metavar="FIGURE", default=[], help=text)
+    text = "logs of the reference's runs, to draw ours on"
+    parser.add_argument("--reference", nargs="+", metavar="LOG", default=[], help=text)
     args = parser.parse_args()
-    if len(args.logs) == 1:
+    if args.reference:
+        figure = plot_reference(args.logs, args.reference, args.out_dir)
+    elif len(args.logs) == 1:
         figure = plot_log(args.logs[0], args.out_dir)
     else:
         figure = plot_comparison(args.logs, args.out_dir)

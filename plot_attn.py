@@ -4,7 +4,8 @@
 
 Writes {out_dir}/{norm}_layer_{i}.png, the first head's attention map of block i, and
 {out_dir}/{norm}_attention.png, the class token's attention over the image. Without a class token
-it is the mean of all tokens' attention, as such a model takes their mean.
+it is the mean of all tokens' attention, as such a model takes their mean. Of a run that started
+from pretrained weights, {norm} is {norm}_pretrained.
 """
 
 import argparse
@@ -30,13 +31,12 @@ OUT_DIR = "img/plot_attn"
 
 
 @torch.no_grad()
-def plot_attention(
-    model, image, norm_type, layers=LAYERS, out_dir=OUT_DIR, title="input"
-) -> list[Path]:
+def plot_attention(model, image, name, layers=LAYERS, out_dir=OUT_DIR, title="input") -> list[Path]:
     """Draws the attention of those `layers` (blocks) that the model has; returns the files' paths.
 
     model: built with vis=True; returns (logits, one (B, heads, N, N) tensor a block).
-    image: (1, 3, S, S) in [-1, 1]. title: the image's, such as its class.
+    image: (1, 3, S, S) in [-1, 1]. name: of the files, such as the norm type. title: the image's,
+    such as its class.
     Raises UserError if the model has none of the blocks, OSError if a figure cannot be written.
     """
     weights = _attention_weights(model, image)
@@ -47,10 +47,10 @@ def plot_attention(
     out_dir = Path(out_dir)
     paths = []
     for i in layers:
-        figure = attention_map_figure(weights[i][0], f"{norm_type}, block {i}, head 0")
-        paths.append(save_figure(figure, out_dir / f"{norm_type}_layer_{i}.png"))
-    figure = _patches_figure(model, weights, image, layers, f"{norm_type}: {title}")
-    return [*paths, save_figure(figure, out_dir / f"{norm_type}_attention.png")]
+        figure = attention_map_figure(weights[i][0], f"{name}, block {i}, head 0")
+        paths.append(save_figure(figure, out_dir / f"{name}_layer_{i}.png"))
+    figure = _patches_figure(model, weights, image, layers, f"{name}: {title}")
+    return [*paths, save_figure(figure, out_dir / f"{name}_attention.png")]
 
 
 @torch.no_grad()
@@ -98,7 +98,8 @@ def main():
         raise UserError(f"--image {args.image}: the test images are 0 to {count - 1}")
     image = resize(dataset.test_images[args.image : args.image + 1], flags.img_size)
     title = dataset.classes[int(dataset.test_labels[args.image])]
-    for path in plot_attention(model, image, flags.norm_type, args.layers, args.out_dir, title):
+    name = flags.norm_type + "_pretrained" * bool(getattr(flags, "pretrained_dir", None))
+    for path in plot_attention(model, image, name, args.layers, args.out_dir, title):
         print(path)
 
 

@@ -76,6 +76,22 @@ def test_pretrained_and_from_scratch(tmp_path):
         assert (tuned["recipe"], tuned["dataset"], tuned["fp16"]) == ("finetune", "cifar100", True)
 
 
+def test_the_reference_s_curves(tmp_path):
+    """Its four commands, cut to 200 steps; then the figure of the logs on those of the reference."""
+    python = fake_python(tmp_path, 'echo "$@"')
+    _, printed, status = sweep("reproduce.sh", tmp_path, PYTHON=python, REFERENCE="theirs")
+    *commands, figure, last = printed.splitlines()
+    assert status == 0 and last.endswith("0 of 4 trainings failed")
+    own = "--name cifar10-100_500 --dataset cifar10 --model_type ViT-B_32 --fp16 --resume"
+    own += " --fp16_opt_level O2 --stop_after 200 --output_dir reproduced --norm_type"
+    expected = [parse_args(f"{own} {norm}".split()) for norm in NORMS]
+    assert [parse_args(command.split()[1:]) for command in commands] == expected
+    program, logs, flag, theirs = figure.split()
+    assert (program, flag) == (str(ROOT / "plot_acc_loss.py"), "--reference")
+    runs = "cifar10_ViT-B_32_norm_*_fp_True_img_224_pretrain_F"
+    assert (logs, theirs) == (f"reproduced/{runs}_cifar10-100_500*.txt", f"theirs/{runs}.txt")
+
+
 def test_flags_are_passed_on(tmp_path):
     flags = "--num_steps 2 --output_dir elsewhere --data_dir a*b"
     _, printed, _ = sweep("train3.sh", tmp_path, flags, PYTHON="echo")

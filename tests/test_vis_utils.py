@@ -94,6 +94,25 @@ def test_training_curves_hold_the_numbers_given():
     assert len({tuple(line.get_color()) for line in loss_axes.lines}) == 12
 
 
+def test_our_points_on_the_reference_s_curves(tmp_path, monkeypatch):
+    """Points where our logs have evaluations, curves up to five times the last step of ours."""
+    evaluations = [(100, 2.5, 0.1), (200, 2.0, 0.2), (1000, 1.5, 0.5), (1100, 1.0, 0.6)]
+    ours = write_log(tmp_path / "ours.txt", "LN", evaluations[:2])
+    theirs = [write_log(tmp_path / f"{n}.txt", n, evaluations) for n in ("BN", "LN")]
+    words = [ours, "--reference", *theirs, "--out_dir", tmp_path]
+    figures = []
+    monkeypatch.setattr(plot_acc_loss, "save_figure", lambda f, p: figures.append(f) or p)
+    done = call(plot_acc_loss.main, *words)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/reference.png\n")
+    accuracy, loss = figures[0].axes
+    bn, ln, points = accuracy.lines
+    np.testing.assert_allclose(bn.get_xydata(), [(100, 10), (200, 20), (1000, 50)])
+    np.testing.assert_allclose(points.get_xydata(), [(100, 10), (200, 20)])
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), [2.5, 2.0, 1.5])
+    assert ln.get_color() == points.get_color() != bn.get_color()
+    assert (points.get_linestyle(), points.get_marker()) == ("None", "o")
+
+
 class Stub(torch.nn.Module):
     """Stands for a model of 5 blocks, 2 heads and 3x3 patches; refuses to run in training mode."""
 
@@ -140,6 +159,14 @@ def test_plot_acc_loss_of_one_log(tmp_path):
     assert (done.stdout, done.stderr) == ("img/plot_acc_loss/LN_loss_acc.png\n", "")
     figure = tmp_path / "img/plot_acc_loss/LN_loss_acc.png"
     assert is_drawn(figure) and [figure] == list(figure.parent.iterdir())
+
+
+def test_figures_of_pretrained_runs_have_names_of_their_own(tmp_path):
+    """Beside those of the same norm type from scratch."""
+    log = write_log(tmp_path / "log.txt", "LN", [(100, 0.9, 0.1)])
+    log.write_text(log.read_text().replace("pretrained_dir=None", "pretrained_dir='auto'"))
+    done = call(plot_acc_loss.main, log, "--out_dir", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/LN_pretrained_loss_acc.png\n")
 
 
 def test_plot_acc_loss_of_several_logs(tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ def evaluate_run(args, files, device, level, half_dtype):
 
     image = resize(dataset.test_images[:1], args.img_size)
     title = dataset.classes[dataset.test_labels[0]]
-    figures = plot_attention(make_model(vis=True), image, args.norm_type, title=title)
+    name = args.norm_type + "_pretrained" * bool(args.pretrained_dir)
+    figures = plot_attention(make_model(vis=True), image, name, title=title)
     try:
         figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
     except (ValueError, FileNotFoundError) as error:

@@ -66,9 +66,9 @@ def comparison_figure(curves: list[tuple]) -> Figure:
     """
     figure = Figure(figsize=(10, 4 + 0.1 * len(curves)), layout="constrained")
     accuracy_axes, loss_axes = figure.subplots(1, 2)
-    colors = colormaps["tab10"].colors
+    colors = SAFE_COLORS
     if len(curves) > len(colors):
-        colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(curves)))
+        colors = colormaps["viridis"](np.linspace(0, 0.95, len(curves)))
     for color, (label, steps, loss, accuracy) in zip(colors, curves, strict=False):
         style = {"color": color, "linewidth": 1.2, "marker": _marker(steps)}
         accuracy_axes.plot(steps, 100 * np.asarray(accuracy), label=label, **style)
@@ -78,6 +78,32 @@ def comparison_figure(curves: list[tuple]) -> Figure:
         axes.locator_params(axis="x", nbins=5)
         _style(axes)
     figure.legend(**BELOW)
+    return figure
+
+
+def reference_figure(runs: list[tuple], references: list[tuple]) -> Figure:
+    """Our test accuracy and test loss as points on the reference's curves, one color a label.
+
+    runs, references: (label, steps, loss, accuracy in [0, 1]) each; the curves are shown as far as
+    five times the last step of ours.
+    """
+    last = 5 * max(steps[-1] for _, steps, _, _ in runs)
+    figure = Figure(figsize=(10, 4.3), layout="constrained")
+    both = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(label for label, *_ in [*references, *runs]))
+    for kind, style in ((references, "-"), (runs, "o")):
+        for label, steps, loss, accuracy in kind:
+            shown = np.asarray(steps) <= last
+            color = SAFE_COLORS[labels.index(label) % len(SAFE_COLORS)]
+            whose = "ours" if kind is runs else "the reference"
+            for axes, values in zip(both, (100 * np.asarray(accuracy), np.asarray(loss))):
+                text = f"{label}, {whose}"
+                axes.plot(np.asarray(steps)[shown], values[shown], style, color=color, label=text)
+    for axes, label in zip(both, (ACCURACY_LABEL, LOSS_LABEL)):
+        axes.set(xlabel="optimizer step", ylabel=label)
+        _style(axes)
+    legend = dict(zip(*reversed(axes.get_legend_handles_labels())))  # two seeds, one entry
+    figure.legend(legend.values(), legend.keys(), **BELOW | {"ncols": 4})
     return figure
 
 
