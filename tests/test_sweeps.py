@@ -77,7 +77,7 @@ def test_pretrained_and_from_scratch(tmp_path):
 
 
 def test_the_reference_s_curves(tmp_path):
-    """Its four commands, cut to 200 steps; then the figure of the logs on those of the reference."""
+    """Its four commands, cut to 200 steps; then the figure of their logs on those of its runs."""
     python = fake_python(tmp_path, 'echo "$@"')
     _, printed, status = sweep("reproduce.sh", tmp_path, PYTHON=python, REFERENCE="theirs")
     *commands, figure, last = printed.splitlines()
