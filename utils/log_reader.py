@@ -58,7 +58,7 @@ class RunLog:
     final_accuracy: float | None  # of the last evaluation
     minutes: float | None
     finished: bool
-    diverged: bool  # ended by a loss or gradient that is not finite, and not resumed since
+    diverged: bool  # ended by a loss or gradient that is not finite
 
 
 def read_log(path) -> RunLog:
@@ -90,7 +90,6 @@ def read_log(path) -> RunLog:
     pflop = find(r"^Compute: ([\d.e+-]+) PFLOP$")
     images_per_s = find(r"^Training speed: ([\d.e+-]+) images/s$")
     finished = bool(find(r"^(End Training!)$"))
-    since_resumed = re.split(r"^Resumed from step", run, flags=re.M)[-1]
     return RunLog(
         path=path,
         dataset=flags["dataset"],
@@ -112,7 +111,7 @@ def read_log(path) -> RunLog:
         minutes=float(minutes) if minutes else None,
         finished=finished,
         # What utils/divergence.py logs last.
-        diverged=not finished and "\nTraining images of the step:" in since_resumed,
+        diverged=not finished and "\nTraining images of the step:" in run,
     )
 
 
