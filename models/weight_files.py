@@ -1,7 +1,7 @@
 """Reads the weight files that --pretrained_dir takes, each kind into arrays by name.
 
-Google's `.npz`; checkpoints of ours and of the reference; timm's and DINOv2's, `.safetensors` or
-`.pth`. Nothing in a file is executed: no pickles in a `.npz`, only tensors from the others.
+Google's `.npz`; checkpoints of ours and of the reference; timm's and DINOv2's, of any kind.
+Nothing in a file is executed: no pickles in a `.npz`, only tensors from the others.
 """
 
 import json
@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.download import DOWNLOADABLE
-from models.google_layout import RESIZE
 from models.timm_layout import IMAGENET, fold_normalization, from_timm, is_timm
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -24,8 +23,7 @@ class WeightFile:
 
     arrays: dict  # NumPy arrays by name
     is_google: bool = False  # names and layouts are Google's; else they are ours
-    resize: str = "bilinear"  # of its position embeddings, to another grid
-    may_lack_head: bool = False
+    is_timm: bool = False  # they were timm's: the head may be missing, positions resize bicubically
     notes: list = field(default_factory=list)  # lines to log
 
 
@@ -39,17 +37,17 @@ def read_weights(file, wanted):
             f"--pretrained_dir {file}: no such file; --pretrained_dir auto gets it for"
             f" {', '.join(DOWNLOADABLE)}"
         )
-    if _is_npz(file):
+    metadata, is_npz = {}, file.suffix == ".npz"
+    if is_npz:
         arrays = _read_npz(file)
-        resize = str(arrays.pop(RESIZE, "bilinear"))
-        return WeightFile(arrays, True, resize, may_lack_head=resize == "bicubic")
-    if file.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(file)
     else:
-        tensors, metadata = _read_checkpoint(file), {}
-    arrays = {name: _to_numpy(file, name, value) for name, value in tensors.items()}
+        if file.suffix == ".safetensors":
+            tensors, metadata = _read_safetensors(file)
+        else:
+            tensors = _read_checkpoint(file)
+        arrays = {name: _to_numpy(file, name, value) for name, value in tensors.items()}
     if not is_timm(arrays):
-        return WeightFile(arrays)
+        return WeightFile(arrays, is_google=is_npz)
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)
@@ -61,7 +59,7 @@ def read_weights(file, wanted):
     except (ValueError, KeyError, IndexError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"--pretrained_dir {file}: {reason}") from None
-    return WeightFile(arrays, resize="bicubic", may_lack_head=True, notes=notes)
+    return WeightFile(arrays, is_timm=True, notes=notes)
 
 
 def _read_npz(file):
@@ -75,14 +73,6 @@ def _read_npz(file):
         message = f"--pretrained_dir {file}: cannot read {name}, is it damaged? ({reason})"
         raise UserError(message) from None
     return arrays
-
-
-def _is_npz(file):
-    """Whether `file` starts as a zip of .npy files does; its end may be missing."""
-    with file.open("rb") as stream:
-        start = stream.read(1024)
-    name_length = int.from_bytes(start[26:28], "little")
-    return start[:4] == b"PK\3\4" and start[30 : 30 + name_length].endswith(b".npy")
 
 
 def _read_safetensors(file):
@@ -99,7 +89,7 @@ def _read_checkpoint(file):
     try:
         weights = load_checkpoint(file)["model"]
     except UserError as error:
-        raise UserError(f"--pretrained_dir {error}; nor is it a .npz") from None
+        raise UserError(f"--pretrained_dir {error}") from None
     inner = weights.get("state_dict")  # where some keep them
     return inner if isinstance(inner, dict) else weights
 
