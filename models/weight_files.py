@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from models.download import DOWNLOADABLE
 from models.timm_layout import IMAGENET, fold_normalization, from_timm, is_timm
@@ -37,17 +37,17 @@ def read_weights(file, wanted):
             f"--pretrained_dir {file}: no such file; --pretrained_dir auto gets it for"
             f" {', '.join(DOWNLOADABLE)}"
         )
-    metadata, is_npz = {}, file.suffix == ".npz"
-    if is_npz:
-        arrays = _read_npz(file)
-    else:
-        if file.suffix == ".safetensors":
-            tensors, metadata = _read_safetensors(file)
-        else:
-            tensors = _read_checkpoint(file)
-        arrays = {name: _to_numpy(file, name, value) for name, value in tensors.items()}
+    try:
+        values, metadata = _read(file)
+    except UserError as error:
+        raise UserError(f"--pretrained_dir {error}") from None
+    except Exception as error:  # a damaged file fails in a dozen ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({reason})"
+        raise UserError(message) from None
+    arrays = {name: _to_numpy(file, name, value) for name, value in values.items()}
     if not is_timm(arrays):
-        return WeightFile(arrays, is_google=is_npz)
+        return WeightFile(arrays, is_google=file.suffix == ".npz")
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)
@@ -62,40 +62,24 @@ def read_weights(file, wanted):
     return WeightFile(arrays, is_timm=True, notes=notes)
 
 
-def _read_npz(file):
-    arrays, name = {}, "its list of arrays"
-    try:
+def _read(file):
+    """Its arrays or tensors by name, and the metadata that a .safetensors may have."""
+    if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as npz:
-            for name in npz.files:
-                arrays[name] = np.asarray(npz[name])
-    except Exception as error:  # a damaged zip fails in a dozen ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"--pretrained_dir {file}: cannot read {name}, is it damaged? ({reason})"
-        raise UserError(message) from None
-    return arrays
-
-
-def _read_safetensors(file):
-    """Its tensors by name, and its metadata."""
-    try:
+            return {name: np.asarray(npz[name]) for name in npz.files}, {}
+    if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
-    except (SafetensorError, OSError) as error:
-        message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({error})"
-        raise UserError(message.splitlines()[0]) from None
-
-
-def _read_checkpoint(file):
-    try:
-        weights = load_checkpoint(file)["model"]
-    except UserError as error:
-        raise UserError(f"--pretrained_dir {error}") from None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    weights = load_checkpoint(file)["model"]
     inner = weights.get("state_dict")  # where some keep them
-    return inner if isinstance(inner, dict) else weights
+    return inner if isinstance(inner, dict) else weights, {}
 
 
 def _to_numpy(file, name, value):
-    """Tensor as an array, fp32 if it is one of floats."""
+    """An array as it is, a tensor as an array, fp32 if it is one of floats."""
+    if isinstance(value, np.ndarray):
+        return value
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise UserError(f"--pretrained_dir {file}: no state dict, {name!r} is no tensor")
     value = value.detach()
@@ -107,11 +91,10 @@ def _normalization(file, arrays, metadata):
 
     They are in the metadata, or in the config.json beside it as timm publishes it, or DINOv2's.
     """
-    described = dict(metadata or {})
     config = file.with_name("config.json")
     try:
-        if "mean" in described:
-            return json.loads(described["mean"]), json.loads(described["std"])
+        if "mean" in metadata:
+            return json.loads(metadata["mean"]), json.loads(metadata["std"])
         if config.is_file():
             described = json.loads(config.read_text())
             described = described.get("pretrained_cfg", described)
