@@ -43,10 +43,8 @@ class RunLog:
     dataset: str
     model_type: str
     norm_type: str
-    fp16: bool
     img_size: int
     pretrained: bool
-    name: str | None
     flags: dict  # as logged, or of OLDER; a value that is no Python literal is its source text
     steps: list[int]
     loss: list[float]
@@ -95,10 +93,8 @@ def read_log(path) -> RunLog:
         dataset=flags["dataset"],
         model_type=flags["model_type"],
         norm_type=flags["norm_type"],
-        fp16=flags["fp16"],
         img_size=flags["img_size"],
         pretrained=bool(flags["pretrained_dir"]),
-        name=flags.get("name"),
         flags=flags,
         steps=[int(step) for step, _, _ in evaluations],
         loss=[float(loss) for _, loss, _ in evaluations],
