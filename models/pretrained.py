@@ -40,7 +40,7 @@ def load_pretrained(model, file, position_resize="auto"):
         theirs = {_plain(name): name for name in arrays}
         names = {key: theirs.get(_plain(_weight(key)), key) for key in state}
         names |= {key: key for key in state if key in arrays}
-    _check_names(file, names, arrays, weights.is_timm)
+    _check_names(file, names, arrays, weights.may_lack_head)
 
     lines, ours = list(weights.notes), {}
     has_head, own_classes = names["head.bias"] in arrays, len(state["head.bias"])
@@ -70,8 +70,7 @@ def load_pretrained(model, file, position_resize="auto"):
 
     old, own = _side(new[POSITIONS].shape[1]), _side(state[POSITIONS].shape[1])
     if old != own:
-        mode = "bicubic" if weights.is_timm else "bilinear"
-        mode = mode if position_resize == "auto" else position_resize
+        mode = weights.resize if position_resize == "auto" else position_resize
         new[POSITIONS] = _resize_positions(new[POSITIONS], old, own, mode)
         lines.append(
             f"Resized position embeddings {old}x{old} -> {own}x{own}"

@@ -1,7 +1,7 @@
 """Reads the weight files that --pretrained_dir takes, each kind into arrays by name.
 
-Google's `.npz`; checkpoints of ours and of the reference; timm's and DINOv2's, of any kind.
-Nothing in a file is executed: no pickles in a `.npz`, only tensors from the others.
+Google's `.npz`; checkpoints of ours and of the reference; timm's and DINOv2's, `.safetensors` or
+`.pth`. Nothing in a file is executed: no pickles in a `.npz`, only tensors from the others.
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from models.download import DOWNLOADABLE
+from models.google_layout import RESIZE
 from models.timm_layout import IMAGENET, fold_normalization, from_timm, is_timm
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -23,7 +24,8 @@ class WeightFile:
 
     arrays: dict  # NumPy arrays by name
     is_google: bool = False  # names and layouts are Google's; else they are ours
-    is_timm: bool = False  # they were timm's: the head may be missing, positions resize bicubically
+    resize: str = "bilinear"  # of its position embeddings, to another grid
+    may_lack_head: bool = False
     notes: list = field(default_factory=list)  # lines to log
 
 
@@ -46,8 +48,11 @@ def read_weights(file, wanted):
         message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({reason})"
         raise UserError(message) from None
     arrays = {name: _to_numpy(file, name, value) for name, value in values.items()}
+    if file.suffix == ".npz":
+        resize = str(arrays.pop(RESIZE, "bilinear"))
+        return WeightFile(arrays, True, resize, may_lack_head=resize == "bicubic")
     if not is_timm(arrays):
-        return WeightFile(arrays, is_google=file.suffix == ".npz")
+        return WeightFile(arrays)
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)
@@ -59,7 +64,7 @@ def read_weights(file, wanted):
     except (ValueError, KeyError, IndexError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"--pretrained_dir {file}: {reason}") from None
-    return WeightFile(arrays, is_timm=True, notes=notes)
+    return WeightFile(arrays, resize="bicubic", may_lack_head=True, notes=notes)
 
 
 def _read(file):
