@@ -28,7 +28,6 @@ from utils.checkpoint import load_model, write_file
 from utils.data_utils import CLASSES
 from utils.errors import UserError, reported
 
-ONNX_BYTES = 2**31 - 2**20  # of weights; a file of Protocol Buffers has less than 2 GiB
 # What is left of a norm type, and timm's argument for it if JSON can tell it
 NORM_ARGUMENTS = {LayerNorm: {}, RMSNorm: {"norm_layer": "rmsnorm"}, nn.Identity: {}}
 
@@ -90,8 +89,6 @@ def to_onnx(model, flags, metadata):
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"an .onnx file needs pip install {' '.join(missing)}")
-    if sum(4 * array.numel() for array in model.state_dict().values()) > ONNX_BYTES:
-        raise UserError(f"{flags.model_type} is too large for one .onnx file: at most 2 GB")
     images = torch.zeros(2, 3, flags.img_size, flags.img_size)
     program = torch.onnx.export(
         Logits(model).eval(),

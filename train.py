@@ -97,7 +97,7 @@ def train(args, files, device, stop):
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *processes)
 
     # Where it stands
-    run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "machine": machine}
+    run = {"step": 0, "skipped_in_a_row": 0, "machine": machine}
     run |= {"seconds": 0.0, "seconds_of_training": 0.0}
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
     saved_at = None  # the step and the last evaluation of the newest checkpoint
@@ -115,7 +115,7 @@ def train(args, files, device, stop):
     if args.overwrite and dist_util.is_main():  # only now: all that the new run needs is at hand
         for path in files.checkpoints():
             path.unlink()
-    log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), run if saved else None)
+    log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), saved)
     pflop = training_pflop(args, len(dataset.classes)) if dist_util.is_main() else 0.0
     if log.is_new:
         log.log_head(args, model_config(args), model, device, dist_util.world_size(), machine)
@@ -139,16 +139,14 @@ def train(args, files, device, stop):
     for step in range(first, last + 1):  # `step` steps are done, skipped ones included
         run["step"] = step
         if step > run["evaluated"] and (step % args.eval_every == 0 or step == args.num_steps):
-            log.info("***** Running Validation *****")
-            log.info(f"  Num steps = {len(test_batches)}")
-            log.info(f"  Batch size = {args.eval_batch_size}")
             forward = eval_model if step >= MEASURING_STEPS else model
             with precision.averaged():
                 result = evaluate(forward, test_batches, precision, stop)
                 if result:
                     loss, run["accuracy"] = result
                     run["evaluated"] = step
-                    log.log_evaluation(step, loss, run["accuracy"])
+                    sizes = len(test_batches), args.eval_batch_size
+                    log.log_evaluation(step, *sizes, loss, run["accuracy"])
                     log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
                     if args.log_signal and dist_util.is_main():
                         log.attention(step, model, next(iter(test_batches))[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from models.download import DOWNLOADABLE
 from models.google_layout import RESIZE
@@ -39,15 +39,18 @@ def read_weights(file, wanted):
             f"--pretrained_dir {file}: no such file; --pretrained_dir auto gets it for"
             f" {', '.join(DOWNLOADABLE)}"
         )
-    if _is_npz(file):
-        arrays = _read_npz(file)
+    try:
+        values, metadata = _read(file)
+    except UserError as error:
+        raise UserError(f"--pretrained_dir {error}") from None
+    except Exception as error:  # a damaged file fails in a dozen ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({reason})"
+        raise UserError(message) from None
+    arrays = {name: _to_numpy(file, name, value) for name, value in values.items()}
+    if file.suffix == ".npz":
         resize = str(arrays.pop(RESIZE, "bilinear"))
         return WeightFile(arrays, True, resize, may_lack_head=resize == "bicubic")
-    if file.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(file)
-    else:
-        tensors, metadata = _read_checkpoint(file), {}
-    arrays = {name: _to_numpy(file, name, value) for name, value in tensors.items()}
     if not is_timm(arrays):
         return WeightFile(arrays)
     normalization = _normalization(file, arrays, metadata)
@@ -64,48 +67,24 @@ def read_weights(file, wanted):
     return WeightFile(arrays, resize="bicubic", may_lack_head=True, notes=notes)
 
 
-def _read_npz(file):
-    arrays, name = {}, "its list of arrays"
-    try:
+def _read(file):
+    """Its arrays or tensors by name, and the metadata that a .safetensors may have."""
+    if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as npz:
-            for name in npz.files:
-                arrays[name] = np.asarray(npz[name])
-    except Exception as error:  # a damaged zip fails in a dozen ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"--pretrained_dir {file}: cannot read {name}, is it damaged? ({reason})"
-        raise UserError(message) from None
-    return arrays
-
-
-def _is_npz(file):
-    """Whether `file` starts as a zip of .npy files does; its end may be missing."""
-    with file.open("rb") as stream:
-        start = stream.read(1024)
-    name_length = int.from_bytes(start[26:28], "little")
-    return start[:4] == b"PK\3\4" and start[30 : 30 + name_length].endswith(b".npy")
-
-
-def _read_safetensors(file):
-    """Its tensors by name, and its metadata."""
-    try:
+            return {name: np.asarray(npz[name]) for name in npz.files}, {}
+    if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
-    except (SafetensorError, OSError) as error:
-        message = f"--pretrained_dir {file}: cannot be read, is it damaged? ({error})"
-        raise UserError(message.splitlines()[0]) from None
-
-
-def _read_checkpoint(file):
-    try:
-        weights = load_checkpoint(file)["model"]
-    except UserError as error:
-        raise UserError(f"--pretrained_dir {error}; nor is it a .npz") from None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    weights = load_checkpoint(file)["model"]
     inner = weights.get("state_dict")  # where some keep them
-    return inner if isinstance(inner, dict) else weights
+    return inner if isinstance(inner, dict) else weights, {}
 
 
 def _to_numpy(file, name, value):
-    """Tensor as an array, fp32 if it is one of floats."""
+    """An array as it is, a tensor as an array, fp32 if it is one of floats."""
+    if isinstance(value, np.ndarray):
+        return value
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise UserError(f"--pretrained_dir {file}: no state dict, {name!r} is no tensor")
     value = value.detach()
@@ -117,11 +96,10 @@ def _normalization(file, arrays, metadata):
 
     They are in the metadata, or in the config.json beside it as timm publishes it, or DINOv2's.
     """
-    described = dict(metadata or {})
     config = file.with_name("config.json")
     try:
-        if "mean" in described:
-            return json.loads(described["mean"]), json.loads(described["std"])
+        if "mean" in metadata:
+            return json.loads(metadata["mean"]), json.loads(metadata["std"])
         if config.is_file():
             described = json.loads(config.read_text())
             described = described.get("pretrained_cfg", described)

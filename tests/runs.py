@@ -71,12 +71,13 @@ def digest(data):
 
 
 def plain(value):
-    """A checkpoint's content without times, tensors as digests of their bytes."""
+    """A checkpoint's content without times and the log, tensors as digests of their bytes."""
     if isinstance(value, torch.Tensor):
         data = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return value.dtype, value.shape, digest(data)
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if not str(k).startswith("seconds")}
+        left_out = re.compile("seconds|log$")
+        return {k: plain(v) for k, v in value.items() if not left_out.match(str(k))}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

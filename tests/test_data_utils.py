@@ -327,19 +327,19 @@ def refused(name, folder, *words):
 
 @pytest.mark.parametrize(("name", "cifar"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
 def test_damaged_files(tmp_path, name, cifar):
-    """Truth: the error names the file, and nothing is downloaded."""
+    """Truth: the error names the folder, and nothing is downloaded."""
     folder = tmp_path / cifar.base_folder
     folder.mkdir()
-    file, md5 = cifar.train_list[0]
-    refused(name, tmp_path, folder / file)  # an empty folder: its first file is missing
+    file, _ = cifar.train_list[0]
+    refused(name, tmp_path, folder, "incomplete")  # an empty one
     # A file that reads well but is another:
     (folder / file).write_bytes(pickle.dumps({"data": np.zeros((1, 3072), "u1"), "labels": [0]}))
-    refused(name, tmp_path, folder / file, md5)
+    refused(name, tmp_path, folder, "damaged")
     assert list(folder.iterdir()) == [folder / file]
 
 
 def test_truncated_file(tmp_path):
-    """Truth: of the real files, one cut in the middle: the error names that one."""
+    """Truth: of the real files, one cut in the middle."""
     needs_cifar10()
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
@@ -349,7 +349,7 @@ def test_truncated_file(tmp_path):
     content = victim.read_bytes()
     victim.unlink()
     victim.write_bytes(content[: len(content) // 2])
-    refused("cifar10", tmp_path, "data_batch_3")
+    refused("cifar10", tmp_path, folder, "damaged")
 
 
 def test_data_dir_that_is_a_file(tmp_path):

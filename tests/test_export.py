@@ -189,13 +189,6 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
     refused(done, "pip install onnx onnxscript", program="export.py")
 
 
-def test_onnx_of_too_large_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "ONNX_BYTES", 1000)
-    checkpoint, _ = trained(tmp_path)
-    done = call(export.main, checkpoint, "--output", tmp_path / "run.onnx")
-    refused(done, "ViT-64x4_4", "at most 2 GB", program="export.py")
-
-
 # ---------------------------------------------------------------- predict
 
 

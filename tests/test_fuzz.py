@@ -337,7 +337,8 @@ def test_files(forks, folder, originals):
         place, data = folder(), originals[kind]
         mutations = {"weights": [mutated_weights], "npz": [mutated_arrays, with_header]}
         data = rng.choice([mutated_bytes, *mutations.get(kind, ())])(data, rng)
-        file = Path(place, "mutated" + (".safetensors" if kind == "safetensors" else ".bin"))
+        suffix = kind if kind in ("npz", "safetensors") else "bin"
+        file = Path(place, f"mutated.{suffix}")
         file.write_bytes(data)
 
         args, program = [*BASE], "train"

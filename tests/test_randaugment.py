@@ -1,7 +1,8 @@
-"""RandAugment against torchvision's, image by image.
+"""Batches of RandAugment against torchvision's, image by image.
 
 Truth: v2.RandAugment's own table of magnitudes and its own calls of v2.functional (two private
-names of torchvision). All comparisons are exact: no grey level and no pixel may differ.
+names of torchvision, which the program uses too, for whole batches). All comparisons are exact: no
+grey level and no pixel may differ.
 """
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from scipy import stats
 from torchvision.transforms import v2
 
-from utils.randaugment import OPS, RandAugment
+from utils.randaugment import RandAugment
 
 TORCHVISION = v2.RandAugment()
+OPS = list(TORCHVISION._AUGMENTATION_SPACE)
 
 
 def torchvisions(image, op, sign, magnitude):
@@ -52,10 +54,6 @@ def test_each_op_is_torchvisions(images, op):
             ours = augment(images, torch.tensor([op, sign]).expand(len(images), 1, 2))
             theirs = [torchvisions(image, op, sign, magnitude) for image in images]
             assert torch.equal(ours, torch.stack(theirs)), (magnitude, sign)
-
-
-def test_the_ops_are_torchvisions():
-    assert OPS == list(TORCHVISION._AUGMENTATION_SPACE)
 
 
 def test_a_mixed_batch_goes_through_its_ops_in_their_order():

@@ -79,7 +79,7 @@ MISTAKES = {
     "output unwritable": (["--output_dir", "/proc/here"], ["--output_dir", "/proc/here"]),
     "damaged data": (
         ["--dataset", "cifar10", "--data_dir", "damaged"],
-        ["--data_dir", "data_batch_1", "damaged"],
+        ["--data_dir", "cifar-10-batches-py is damaged"],
     ),
     "no weights": (["--pretrained_dir", "none.npz"], ["--pretrained_dir", "none.npz", "auto"]),
     "cut weights": (["--pretrained_dir", "cut.npz"], ["--pretrained_dir", "cut.npz"]),

@@ -163,11 +163,8 @@ def build_parser(recipe="reference"):
     add("--weight_decay", type=_number(float, 0), help="L2 penalty of SGD; of others decoupled")
     add("--warmup_steps", type=any_count, help="linear warmup, optimizer steps")
     add("--decay_type", choices=SCHEDULES, help="decay to 0 at num_steps")
-    above_0, text = (
-        _number(float, 0, low_allowed=False),
-        "global norm that gradients are clipped to",
-    )
-    add("--max_grad_norm", type=above_0, help=text)
+    text = "global norm that gradients are clipped to"
+    add("--max_grad_norm", type=_number(float, 0, low_allowed=False), help=text)
 
     add = parser.add_argument_group("precision and speed").add_argument
     add("--fp16", **yes, help="half precision, at the level of --fp16_opt_level")

@@ -20,7 +20,8 @@ class Augmentation:
 
     def __init__(self, recipe, resizer, classes):
         self.recipe, self.resizer, self.classes = recipe, resizer, classes
-        self.randaugment = RandAugment(recipe.randaugment_ops, recipe.randaugment_magnitude)
+        if recipe.randaugment_ops:
+            self.randaugment = RandAugment(recipe.randaugment_ops, recipe.randaugment_magnitude)
 
     def draw(self, n, generator, rng):
         """Draws for n images, a dict of tensors (n, ...); rng is NumPy's generator."""

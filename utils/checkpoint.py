@@ -20,7 +20,7 @@ from utils.data_utils import CLASSES, DATASETS
 from utils.errors import UserError
 from utils.run_files import result_flags
 
-FORMAT = 3  # of the checkpoints that continue a run
+FORMAT = 4  # of the checkpoints that continue a run
 
 
 def save_checkpoint(content, path):
@@ -176,6 +176,7 @@ def save_run(files, precision, run, args):
     Randomness needs no saving: it is a function of the seed and the step.
     """
     content = {"format": FORMAT, "run": run, "flags": result_flags(args)}
+    content["log"] = {files.log.name: files.log.read_text(encoding="utf-8")}
     newest = files.step(run["step"])
     save_checkpoint(content | precision.state_dict(), newest)
     steps = files.steps()

@@ -53,7 +53,6 @@ def load_dataset(name, data_dir="data"):
         return _digits()
     # Imported here: it takes seconds that a mistake in the flags need not cost.
     from torchvision.datasets import CIFAR10, CIFAR100
-    from torchvision.datasets.utils import check_integrity
 
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = Path(data_dir) / cifar.base_folder
@@ -61,20 +60,18 @@ def load_dataset(name, data_dir="data"):
         if not folder.exists():
             print(f"Downloading {cifar.__name__} to {data_dir} ...")
             cifar(data_dir, download=True)
-        meta = [cifar.meta["filename"], cifar.meta["md5"]]
-        for file, md5 in [*cifar.train_list, *cifar.test_list, meta]:
-            if not check_integrity(folder / file, md5):
-                raise UserError(
-                    f"--data_dir {data_dir}: {folder / file} is missing or damaged (its MD5 should"
-                    f" be {md5}); delete {folder} and it is downloaded anew"
-                )
         train, test = cifar(data_dir, train=True), cifar(data_dir, train=False)
     except URLError as error:
         raise UserError(
             f"--dataset {name}: not in --data_dir {data_dir}, and the download failed"
             f" ({error.reason}); put {cifar.base_folder} there, or try --dataset digits"
         ) from None
-    except (OSError, RuntimeError) as error:
+    except RuntimeError:  # an MD5 sum is wrong
+        raise UserError(
+            f"--data_dir {data_dir}: {folder} is damaged or incomplete; delete it and it is"
+            " downloaded anew"
+        ) from None
+    except OSError as error:
         raise UserError(f"--data_dir {data_dir}: {str(error).splitlines()[0]}") from None
 
     def tensors(split):

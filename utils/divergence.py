@@ -18,7 +18,6 @@ def check_finite(run, step, records, precision, batches, parts, log, files):
         if record.finite:
             run["skipped_in_a_row"] = 0
             continue
-        run["skipped"] += 1
         run["skipped_in_a_row"] += 1
         if precision.scaled and run["skipped_in_a_row"] < MAX_SKIPPED:
             continue

@@ -43,10 +43,8 @@ class RunLog:
     dataset: str
     model_type: str
     norm_type: str
-    fp16: bool
     img_size: int
     pretrained: bool
-    name: str | None
     flags: dict  # as logged, or of OLDER; a value that is no Python literal is its source text
     steps: list[int]
     loss: list[float]
@@ -58,7 +56,7 @@ class RunLog:
     final_accuracy: float | None  # of the last evaluation
     minutes: float | None
     finished: bool
-    diverged: bool  # ended by a loss or gradient that is not finite, and not resumed since
+    diverged: bool  # ended by a loss or gradient that is not finite
 
 
 def read_log(path) -> RunLog:
@@ -90,16 +88,13 @@ def read_log(path) -> RunLog:
     pflop = find(r"^Compute: ([\d.e+-]+) PFLOP$")
     images_per_s = find(r"^Training speed: ([\d.e+-]+) images/s$")
     finished = bool(find(r"^(End Training!)$"))
-    since_resumed = re.split(r"^Resumed from step", run, flags=re.M)[-1]
     return RunLog(
         path=path,
         dataset=flags["dataset"],
         model_type=flags["model_type"],
         norm_type=flags["norm_type"],
-        fp16=flags["fp16"],
         img_size=flags["img_size"],
         pretrained=bool(flags["pretrained_dir"]),
-        name=flags.get("name"),
         flags=flags,
         steps=[int(step) for step, _, _ in evaluations],
         loss=[float(loss) for _, loss, _ in evaluations],
@@ -112,7 +107,7 @@ def read_log(path) -> RunLog:
         minutes=float(minutes) if minutes else None,
         finished=finished,
         # What utils/divergence.py logs last.
-        diverged=not finished and "\nTraining images of the step:" in since_resumed,
+        diverged=not finished and "\nTraining images of the step:" in run,
     )
 
 

@@ -1,9 +1,7 @@
 """Writes a run's result log and TensorBoard events. utils/log_reader.py reads the log."""
 
-import itertools
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -15,11 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.log_reader import EVALUATION, messages
 from utils.signal_stats import measured_copy
 
-BLOCK = re.compile(r"^(?=.* - (?:\*{5} Running Validation|Best Accuracy:|End Training!))", re.M)
-SKIPPED = re.compile(r"^.* - Skipped: .*\n", re.M)
 STEPS_TO_TIME = 10  # of this process, before it says how long the rest takes
 
 
@@ -28,25 +23,22 @@ class RunLogger:
 
     What a `say_...` says depends on time, machine or process: it goes to stderr alone.
 
-    With `resume`, the state of the run in a checkpoint, both go on from there: what they hold
-    beyond its `step`, its last evaluation (`evaluated`) or its count of skipped steps (`skipped`)
-    is dropped. Else both start anew.
+    With `saved`, the content of a checkpoint, both go on from there. The log is again what it was
+    then, unless that was the log of a run of another name or other flags: `is_new` tells.
     """
 
-    def __init__(self, log_file, tensorboard_dir, active=True, resume: dict | None = None):
-        self.active, self.is_new = active, active
+    def __init__(self, log_file, tensorboard_dir, active=True, saved: dict | None = None):
+        self.active, self.is_new = active, False
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds, which mistakes need not
 
         self.log_file = Path(log_file)
-        if resume is None:
-            self.log_file.write_text("")
-        elif self.log_file.exists():
-            _drop_beyond(self.log_file, resume["evaluated"], resume["skipped"])
-            self.is_new = self.log_file.stat().st_size == 0
+        text = saved["log"].get(self.log_file.name, "") if saved else ""
+        self.is_new = not text
+        self.log_file.write_text(text, encoding="utf-8")
         # TensorBoard hides what an earlier process wrote into the folder from the purge step on.
-        purge_step = 0 if resume is None else resume["step"] + 1
+        purge_step = saved["run"]["step"] + 1 if saved else 0
         self.writer = SummaryWriter(tensorboard_dir, purge_step=purge_step)
 
     def info(self, message: str) -> None:
@@ -91,8 +83,13 @@ class RunLogger:
                 self.info(f"Skipped: {fault(number, record)}, loss scale {record.loss_scale:g}")
         self.scalars(step, {"train/images_per_s": images_per_s})
 
-    def log_evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        """Logs one evaluation: optimizer steps so far, mean test loss, test accuracy in [0, 1]."""
+    def log_evaluation(self, step, batches, batch_size, loss, accuracy) -> None:
+        """Logs one evaluation, once it is done: optimizer steps so far, this process's batches,
+        mean test loss, test accuracy in [0, 1].
+        """
+        self.info("***** Running Validation *****")
+        self.info(f"  Num steps = {batches}")
+        self.info(f"  Batch size = {batch_size}")
         self.info("Validation Results")
         self.info(f"Global Steps: {step}")
         self.info(f"Valid Loss: {loss:.5f}")
@@ -258,26 +255,3 @@ def _git(*args) -> str:
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return ""
-
-
-def _drop_beyond(log_file: Path, evaluated: int, skipped: int) -> None:
-    """Cuts the log before its first evaluation beyond step `evaluated` or half-written, or its end.
-
-    Of the notes of skipped steps the first `skipped` remain.
-    """
-    text = log_file.read_text(encoding="utf-8", errors="replace")
-    head, *blocks = BLOCK.split(text[: text.rfind("\n") + 1])
-
-    def is_kept(block: str) -> bool:
-        evaluation = EVALUATION.search(messages(block))
-        return evaluation is not None and int(evaluation[1]) <= evaluated
-
-    text = head + "".join(itertools.takewhile(is_kept, blocks))
-    number = itertools.count(1)
-    text = SKIPPED.sub(lambda note: note[0] if next(number) <= skipped else "", text)
-    temporary = log_file.with_name(log_file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, log_file)
