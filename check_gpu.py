@@ -23,16 +23,15 @@ from pathlib import Path
 
 import torch
 
-from models.fast_cpu import accelerate, capability
-from models.modeling import build_model
+from models.fast_cpu import capability
 from models.norms import NORM_TYPES
 from train import precision_of
 from utils import dist_util
 from utils.args import parse_args
 from utils.flops import highest_memory
 from utils.log_reader import read_log
-from utils.optimizers import make_optimizers
-from utils.precision import CLEAN_STEPS, Precision
+from utils.precision import CLEAN_STEPS
+from utils.trial import Trial
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROOT = Path(__file__).resolve().parent
@@ -71,36 +70,21 @@ def rows(name, args):
         yield name, False, type(error).__name__
 
 
-def prepare(flags, device, level="O0", half=None, loss_scale=0.0, plain=False):
-    """Precision, which owns the model that `flags` name, and a batch."""
-    flags = parse_args(["--name", "check", *flags.split()])
-    torch.manual_seed(0)
-    model = build_model(flags, 10)
-    images = torch.randn(flags.train_batch_size, 3, flags.img_size, flags.img_size)
-    labels = torch.arange(len(images)) % 10
-    model.transformer.encoder.grad_checkpointing = flags.grad_checkpointing
-    precision = Precision(model.to(device), level, half, loss_scale)
-    precision.attach(make_optimizers(flags, precision.named_masters()))
-    if not plain:
-        accelerate(model)
-    return precision, (images.to(device, precision.input_dtype), labels.to(device))
+def make_trial(flags, *where, **how):
+    return Trial(parse_args(["--name", "check", *flags.split()]), *where, **how)
 
 
-def train(precision, batch, steps=1, factor=1.0):
+def train(trial, steps=1, factor=1.0):
     """The records of `steps` steps, whose losses are multiplied by `factor`."""
     for _ in range(steps):
-        with precision.autocast():
-            loss = precision.model(*batch)
-        precision.backward(loss * factor)
-        precision.clip(1.0)
-        precision.update(0.02)
-    return precision.read()
+        trial.train(*trial.batch, 0.02, factor)
+    return trial.precision.read()
 
 
 @cache
 def losses(norm_type, *where, **how):
-    precision, batch = prepare(f"{SMALL} --norm_type {norm_type}", *where, **how)
-    return torch.tensor([record.loss for record in train(precision, batch, steps=6)])
+    trial = make_trial(f"{SMALL} --norm_type {norm_type}", *where, **how)
+    return torch.tensor([record.loss for record in train(trial, steps=6)])
 
 
 def allowed(args, level="O0", half=None):
@@ -129,13 +113,14 @@ def levels(args):
 
 def scale(args):
     """An overflow halves the dynamic scale and changes no weight; clean steps double it."""
-    precision, batch = prepare(SMALL, args.device, "O2", torch.float16)
-    train(precision, batch, steps=16)  # the scale comes down to where it fits
+    trial = make_trial(SMALL, args.device, "O2", torch.float16)
+    precision = trial.precision
+    train(trial, steps=16)  # the scale comes down to where it fits
     scales, changed = [precision.state["scale"].item()], []
     for factor, clean in ((torch.inf, 0), (1.0, CLEAN_STEPS - 1)):
         before = [master.detach().clone() for master in precision.masters]
         precision.state["clean"].fill_(clean)
-        train(precision, batch, factor=factor)
+        train(trial, factor=factor)
         changed.append(not all(map(torch.equal, before, precision.masters)))
         scales.append(precision.state["scale"].item())
     is_right = changed == [False, True] and scales[0] == 2 * scales[1] == scales[2]
@@ -184,7 +169,7 @@ def memory(args):
 def peak(*which):
     """The bytes that three training steps take, beyond those of the program."""
     before = highest_memory()
-    train(*prepare(*which), steps=3)
+    train(make_trial(*which), steps=3)
     return highest_memory() - before
 
 

@@ -1,14 +1,15 @@
 """benchmark.py's count of floating-point operations, which shares and costs rest on."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
 import benchmark
-from models.configs import CONFIGS, vit_config
+from models.configs import vit_config
 from models.fast_cpu import OneDnnLinear, OneDnnMlp, accelerate
-from models.modeling import Mlp, VisionTransformer
+from models.modeling import Mlp, VisionTransformer, build_model
+from utils.args import parse_args
+from utils.peer_trial import PeerTrial
+from utils.trial import CLASSES
 
 SIZES = {  # patch, width, depth, MLP width
     "ViT-Ti_16": (16, 192, 12, 768),
@@ -67,10 +68,10 @@ def test_flops_of_all_kernels(side, kernels):
 
 def test_peers_are_of_our_size():
     """The same number of parameters."""
-    args = Namespace(device=torch.device("cpu"), data_dir="data", half=None, batch=1)
+    flags = parse_args("--name x --model_type ViT-Ti_4 --img_size 32 --train_batch_size 1".split())
     with torch.device("meta"):
-        ours = VisionTransformer(CONFIGS["ViT-Ti_4"], 32, "LN", benchmark.CLASSES)
+        ours = build_model(flags, CLASSES)
     count = sum(p.numel() for p in ours.parameters())
     for library in ("timm", "torchvision"):
-        peer = benchmark.Peer(args, "ViT-Ti_4", library)
+        peer = PeerTrial(flags, torch.device("cpu"), None, [library])
         assert sum(p.numel() for p in peer.model.parameters()) == count

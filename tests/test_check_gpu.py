@@ -62,7 +62,7 @@ def test_a_wrong_scale_is_found(monkeypatch, wrong):
 
 
 def test_an_error_is_a_failed_check(monkeypatch):
-    monkeypatch.setattr(check_gpu, "prepare", lambda *_: 1 / 0)
+    monkeypatch.setattr(check_gpu, "make_trial", lambda *_: 1 / 0)
     done = call(check_gpu.main, "--only", "scale")
     assert done.returncode == 1 and "scale: division by zero" in done.stderr
     assert table(done.stdout)[0][:3] == ("scale", "FAILED", "ZeroDivisionError")
