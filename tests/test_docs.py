@@ -22,7 +22,7 @@ README, NORMS, RECIPE_PAGE, FILES = (
     ROOT / n for n in ("README.md", "docs/norm_types.md", "docs/recipes.md", "docs/files.md")
 )
 # Flags of programs that are not ours
-FOREIGN = {"--nproc_per_node", "--logdir"}
+FOREIGN = {"--nproc_per_node", "--logdir", "--index-url"}
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -185,7 +185,7 @@ def build_parser(recipe="reference"):
     add = parser.add_argument_group("when").add_argument
     add("--eval_every", type=count, help="optimizer steps between evaluations")
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
-    text = "add each block's signal to TensorBoard at each evaluation, as plot_signal.py draws it"
+    text = "add each block's signal and attention to TensorBoard at each evaluation"
     add("--log_signal", **yes, help=text)
     add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
     text = "optimizer steps between checkpoints; if not given, --eval_every"
