@@ -51,6 +51,11 @@ PAIRS = {
     ],
     "fp16": [("step LN", "step LN --fp16")],
     "norms": [(f"step {name}{{half}}", STEP) for name in NORM_TYPES if name != "LN"],
+    "norms_compiled": [
+        (f"step {name}{{half}} --compile", f"{STEP} --compile")
+        for name in NORM_TYPES
+        if name != "LN"
+    ],
     "evaluation": [
         (other, "evaluation LN{half}")
         for other in ("product LN{half}", "evaluation timm", "evaluation timm half")

@@ -171,10 +171,10 @@ def test_the_bench_chooses_rates_and_runs_seeds(tmp_path):
     assert status == 0, errors
     assert printed.splitlines()[-1].endswith("0 of 4 trainings failed")
     logs = [read_log(path) for path in tmp_path.glob("output/*.txt")]
-    rates = {r.final_accuracy: r.flags for r in logs if r.name == "rates"}
+    rates = {r.final_accuracy: r.flags for r in logs if r.flags["name"] == "rates"}
     assert len(rates) == 2 and {flags["val_split"] for flags in rates.values()} == {300}
     best = rates[max(rates)]["learning_rate"]
-    seeds = [run.flags for run in logs if run.name == "seeds"]
+    seeds = [run.flags for run in logs if run.flags["name"] == "seeds"]
     assert sorted((f["seed"], f["learning_rate"]) for f in seeds) == [(1, best), (2, best)]
     assert {(f["val_split"], f["norm_type"]) for f in seeds} == {(0, "RMS")}
 
