@@ -44,12 +44,11 @@ def plot_attention(model, image, name, layers=LAYERS, out_dir=OUT_DIR, title="in
     if not layers:
         raise UserError(f"--layers: the model has blocks 0 to {len(weights) - 1}, none of those")
 
-    out_dir = Path(out_dir)
-    paths = []
+    out_dir, label, paths = Path(out_dir), name.replace("_", " "), []
     for i in layers:
-        figure = attention_map_figure(weights[i][0], f"{name}, block {i}, head 0")
+        figure = attention_map_figure(weights[i][0], f"{label}, block {i}, head 0")
         paths.append(save_figure(figure, out_dir / f"{name}_layer_{i}.png"))
-    figure = _patches_figure(model, weights, image, layers, f"{name}: {title}")
+    figure = _patches_figure(model, weights, image, layers, f"{label}: {title}")
     return [*paths, save_figure(figure, out_dir / f"{name}_attention.png")]
 
 

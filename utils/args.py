@@ -129,7 +129,8 @@ def build_parser(recipe="reference"):
 
     add = parser.add_argument_group("run").add_argument
     add("--name", required=True, type=_name, metavar="NAME", help="its files start with it")
-    add("--recipe", default="reference", choices=RECIPES, help="what other flags default to")
+    text = f"what other flags default to: {', '.join(RECIPES)}"
+    add("--recipe", default="reference", choices=RECIPES, metavar="NAME", help=text)
     text = f"other entries of the recipe: {', '.join(ENTRIES)}"
     add("--set", nargs="+", action="extend", metavar="NAME=VALUE", default=[], help=text)
     text = "continue the run from its newest good checkpoint, or FILE; from the start if none"
