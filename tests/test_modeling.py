@@ -257,9 +257,9 @@ def test_state_dict_round_trip(norm_type):
 # ---------------------------------------------------------------- initialization
 
 
-def same_distribution(tensor, distribution, *args):
+def same_distribution(tensor, distribution):
     """The p-value of the values being drawn from the distribution (Kolmogorov-Smirnov)."""
-    return stats.kstest(tensor.detach().double().flatten().numpy(), distribution, args).pvalue
+    return stats.kstest(tensor.detach().double().flatten().numpy(), distribution.cdf).pvalue
 
 
 def test_initialization():
@@ -276,8 +276,8 @@ def test_initialization():
         for linear in (block.ffn.fc1, block.ffn.fc2):
             assert linear.weight.abs().max() <= xavier
             assert linear.weight.std().item() == pytest.approx(xavier / math.sqrt(3), rel=0.01)
-            assert same_distribution(linear.weight, "uniform", -xavier, 2 * xavier) > 1e-3
-            assert same_distribution(linear.bias, "norm", 0, 1e-6) > 1e-3
+            assert same_distribution(linear.weight, stats.uniform(-xavier, 2 * xavier)) > 1e-3
+            assert same_distribution(linear.bias, stats.norm(0, 1e-6)) > 1e-3
         attn = block.attn
         linears += [(linear, D) for linear in (attn.query, attn.key, attn.value, attn.out)]
         for norm in (block.attention_norm, block.ffn_norm):
@@ -286,7 +286,7 @@ def test_initialization():
         bound = fan_in**-0.5
         for p in (linear.weight, linear.bias):
             assert p.abs().max() <= bound
-            assert same_distribution(p, "uniform", -bound, 2 * bound) > 1e-3
+            assert same_distribution(p, stats.uniform(-bound, 2 * bound)) > 1e-3
 
 
 def test_initialization_of_rescale():
