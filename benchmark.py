@@ -2,13 +2,13 @@
 
     python3 benchmark.py [--rows input step ...] [--models ViT-B_32 ViT-Ti_4]
 
-A row compares two contestants, each in a process of its own, that run in turn, A B A B ...
-`ratio`: the median of the other's times over that of ours, so above 1 ours is faster; `range`: of
-the turns' own ratios; `memory`: the ratio of the peaks. Ours is what train.py does with the flags
-in its name. The others are timm's and torchvision's ViT of the same size with the same dropout,
-optimizer and clipping, in each type that is fast on this machine, and PIL in a DataLoader with two
-workers. Against a large matrix product of the same type, by the faster of PyTorch's two libraries
-on a CPU, `limit` is the share of its rate that our floating-point operations come to.
+A row compares two contestants that run in turn, A B A B ..., each in its own process. `ratio`: the
+median of the other's times over that of ours, so ours is faster above 1; `range`: of the single
+turns' ratios; `memory`: the ratio of the peaks. Ours is what train.py does with the flags in its
+name. The others are timm's and torchvision's ViT of the same size with the same dropout, optimizer
+and clipping, in each type that is fast on this machine, and PIL in a DataLoader with two workers.
+`limit` is the rate of our floating-point operations as a share of that of a large matrix product
+of the same type, by the faster of PyTorch's two libraries on a CPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MODELS = {"ViT-B_32": (224, 32), "ViT-B_16": (224, 32), "ViT-Ti_4": (32, 128)}  
 LEVELS = {"O0": "", "O2": " --fp16"}
 UNCOUNTED = 3  # runs before those that count: page faults distort the first ones
 
-# The pairs of each kind of row, ours second: a method and whose it is. {half}: of the level.
+# The pairs of each kind of row, ours second: a method and whose it is. {half}: the level's flag.
 STEP, TIMM = "step LN{half}", ("timm", "timm autocast")
 PAIRS = {
     "input": [("images PIL", "images LN{half}")],
@@ -136,7 +136,7 @@ def peak_memory():
 
 def flops(run=None):
     """Floating-point operations of run(): two for each multiply-add of its matrix products."""
-    # Fused attention would not be counted on a CPU, and elsewhere with what it computes twice.
+    # Fused attention is not counted on a CPU; elsewhere, what it computes twice would be, too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (run or contestant["run"])()
     return counter.get_total_flops()
@@ -159,7 +159,7 @@ def compare(args, kind, model_type, other, ours):
         for _ in range(UNCOUNTED + args.repeats):
             turns.append([process.submit(seconds).result() for process in (theirs, mine)])
             if "PIL" in other:
-                time.sleep(1)  # its workers fill their queue: not in our time
+                time.sleep(1)  # its workers fill their queue outside our time
         memory, our_memory = (process.submit(peak_memory).result() for process in (theirs, mine))
         if other.startswith("product"):
             work, our_work = (process.submit(flops).result() for process in (theirs, mine))
@@ -182,7 +182,7 @@ def shorter(number):
 
 
 def profile_rows(args, model_type, name):
-    """The operations that take a hundredth or more of a training step's time in them."""
+    """The operations that take a hundredth or more of a training step's time by themselves."""
     step = make(args, model_type, f"step {name}")
     for _ in range(UNCOUNTED):
         step()
@@ -196,7 +196,7 @@ def profile_rows(args, model_type, name):
 
 
 def cost_rows():
-    """Floating-point operations of the reference's recipe, counted on no device at all: 20,000
+    """Floating-point operations of the reference's recipe, counted without computing: 20,000
     steps of 128 images, and 200 evaluations of 10,000."""
     for name in [name for name in CONFIGS if name.endswith(("_16", "_32", "H_14"))]:
         flags = f"--name cost --model_type {name} --num_steps 20000 --train_batch_size 128"
@@ -229,7 +229,7 @@ def make(args, model_type, name):
         trial = PeerTrial(parse_args(flags), args.device, args.half, words)
     for module in trial.model.modules():
         if isinstance(module, Measuring):
-            module.calls = Measuring.MEASURING_CALLS  # the state of all steps but 8
+            module.calls = Measuring.MEASURING_CALLS  # the state after the first 8 steps
     return partial(METHODS[method], trial)
 
 
@@ -247,7 +247,7 @@ def images(trial):
 
 
 def program(trial):
-    """Input, steps and evaluation; the reference takes 100 steps to 78 batches of tests."""
+    """Input, steps and evaluation; the reference evaluates 78 batches per 100 steps."""
     training, tests = trial.data
     trial.model.train()
     for batch in islice(training, 4):
@@ -265,7 +265,7 @@ METHODS = {method.__name__: method for method in (step, evaluation, images, prog
 
 @cache
 def fastest_product(device, dtype):
-    """Of matrices of 4096 rows and columns, by the faster of PyTorch's two libraries."""
+    """The product of 4096x4096 matrices, by the faster of PyTorch's two libraries."""
     layer = OneDnnLinear(4096, 4096, bias=False, device=device, dtype=dtype)
     x = torch.randn(4096, 4096, device=device).to(dtype)
     ways = (lambda: layer(x), lambda: F.linear(x, layer.weight))

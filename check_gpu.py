@@ -3,12 +3,12 @@
     python3 check_gpu.py [--only levels scale ...] [--norm_types LN ...]
 
 Without a GPU it is a rehearsal: the CPU's faster layers against PyTorch's own, and smaller models.
-The exit status is 1 if a check says FAILED; stderr tells of its error.
+The exit status is 1 if a check says FAILED; its error goes to stderr.
 
-The losses of two trainings may differ by so many roundings of the type (2^-11 in fp16, 2^-8 in
-bf16), as a share of how far they moved: 16; at O3, which rounds the weights too, 128. On a CPU the
-norm types reached 5 and 67, in both types. In fp32 1,024 (of 2^-24; 320 were seen) are allowed, on
-a GPU 16 of TF32 (2^-11), in which cuDNN convolves. Of whole runs it is a share of the test loss.
+The losses of two trainings may differ by 16 roundings of the type (2^-11 in fp16, 2^-8 in bf16),
+relative to how far they moved; by 128 at O3, which rounds the weights too. On a CPU the norm types
+reached 5 and 67, in both types. In fp32, 1,024 roundings of 2^-24 are allowed (320 were seen); on a
+GPU, 16 of TF32 (2^-11), which cuDNN's convolutions use. For whole runs: relative to the test loss.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
 
 
 def rows(name, args):
-    """Of a check: what was checked, whether it is right, None where nothing is, and a text."""
+    """For a check: what was checked, whether it is right (None: only measured), and a text."""
     try:
         yield from CHECKS[name](args)
     except Exception as error:
@@ -75,7 +75,7 @@ def make_trial(flags, *where, **how):
 
 
 def train(trial, steps=1, factor=1.0):
-    """The records of `steps` steps, whose losses are multiplied by `factor`."""
+    """Take `steps` steps, with their losses times `factor`; returns their records."""
     for _ in range(steps):
         trial.train(*trial.batch, 0.02, factor)
     return trial.precision.read()
@@ -115,7 +115,7 @@ def scale(args):
     """An overflow halves the dynamic scale and changes no weight; clean steps double it."""
     trial = make_trial(SMALL, args.device, "O2", torch.float16)
     precision = trial.precision
-    train(trial, steps=16)  # the scale comes down to where it fits
+    train(trial, steps=16)  # the scale comes down until nothing overflows
     scales, changed = [precision.state["scale"].item()], []
     for factor, clean in ((torch.inf, 0), (1.0, CLEAN_STEPS - 1)):
         before = [master.detach().clone() for master in precision.masters]

@@ -28,7 +28,7 @@ from utils.checkpoint import load_model, write_file
 from utils.data_utils import CLASSES
 from utils.errors import UserError, reported
 
-# What is left of a norm type, and timm's argument for it if JSON can tell it
+# The norms that folding leaves, and timm's argument for each if JSON can express it
 NORM_ARGUMENTS = {LayerNorm: {}, RMSNorm: {"norm_layer": "rmsnorm"}, nn.Identity: {}}
 
 
@@ -65,7 +65,7 @@ def timm_arguments(flags, classes, norm):
 
 
 def to_safetensors(model, flags, metadata):
-    """The .safetensors file as bytes; `metadata` gets what makes timm's model. Folds `model`."""
+    """The .safetensors file as bytes; `metadata` gets how to make timm's model. Folds `model`."""
     norm = fold(model, flags)
     metadata["timm"] = timm_arguments(flags, model.num_classes, norm)
     identity = ", norm_layer=torch.nn.Identity" if norm is nn.Identity else ""
@@ -100,7 +100,7 @@ def to_onnx(model, flags, metadata):
     )
     proto = program.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[:]  # where in the source it comes from, with the folders' names
+        del node.metadata_props[:]  # places in the source code, with the names of folders
     for key, value in texts(metadata).items():
         proto.metadata_props.add(key=key, value=value)
     return proto.SerializeToString()
@@ -128,7 +128,7 @@ def main():
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: its name ends with none of {', '.join(FORMATS)}")
     for module in [m for m in model.eval().modules() if parametrize.is_parametrized(m)]:
-        parametrize.remove_parametrizations(module, "weight")  # leaves the weight they give
+        parametrize.remove_parametrizations(module, "weight")  # keeps the weight they compute
     metadata = {
         "model_type": flags.model_type,
         "norm_type": flags.norm_type,

@@ -35,7 +35,7 @@ AT_START = {"model_type": "ViT-Ti_4", "img_size": 32, "dataset": "cifar10"}  # b
 
 
 def model_at_start(flags, dataset):
-    """The model of `flags` as training begins with it; what measures its first batches has done so.
+    """The model of `flags` at the start of training, after any measuring of its first batches.
 
     Seeds the random state.
     """

@@ -42,7 +42,7 @@ def reference():
             "randaugment_magnitude": 9,  # of 30
             "mixup": 0.0,  # alpha; 0: none
             "cutmix": 0.0,
-            "mix_share": 1.0,  # of the images, that are mixed at all
+            "mix_share": 1.0,  # share of the images that are mixed at all
             "label_smoothing": 0.0,
             # Model
             "dropout": 0.1,
@@ -52,7 +52,7 @@ def reference():
             "stem": "patch",  # or conv, conv_bn: two convolutions, no plain ViT
             "position_resize": "auto",  # or bilinear, bicubic; of pretrained ones
             "zero_head": False,
-            "zero_branches": False,  # but for norm types whose branches have a start of their own
+            "zero_branches": False,  # ignored by norm types with their own initialization
         }
     )
 
@@ -67,7 +67,7 @@ def small():
     0.040 PFLOP, --num_steps 4880 --warmup_steps 244: LN 78.8 % in 6.3 minutes, BN 80.7 %.
     """
     recipe = reference()
-    del recipe.momentum  # it is Muon's own
+    del recipe.momentum  # Muon has its own default
     recipe.update(
         model_type="ViT-64x4_4",
         img_size=32,
@@ -96,8 +96,8 @@ def bench():
 
         python3 train.py --name rates --recipe bench --norm_type LN --val_split 5000
 
-    On one core of an AMD EPYC (Zen 5), about 1.4 minutes, without its evaluation. What the types
-    reached is in docs/results.md.
+    On one core of an AMD EPYC (Zen 5), about 1.4 minutes, without its evaluation. The results
+    are in docs/results.md.
     """
     recipe = small()
     recipe.update(num_steps=650, warmup_steps=65, eval_every=650)
@@ -109,7 +109,7 @@ def bench_adamw():
 
         RECIPE=bench_adamw RATES="0.001 0.002 0.004 0.008" sh train_small.sh
 
-    The weight decay makes learning rate x decay that of `bench`.
+    Learning rate x weight decay is the same as in `bench`.
     """
     recipe = bench()
     recipe.update(optimizer="adamw", learning_rate=0.004, weight_decay=0.1)
@@ -127,7 +127,7 @@ def bench_no_warmup():
 
 
 def bench_12_blocks():
-    """`bench` with 12 blocks in place of 4: 0.016 PFLOP a run.
+    """`bench` with 12 blocks instead of 4: 0.016 PFLOP a run.
 
     RECIPE=bench_12_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
     """
@@ -137,7 +137,7 @@ def bench_12_blocks():
 
 
 def bench_24_blocks():
-    """`bench` with 24 blocks in place of 4: 0.03 PFLOP a run.
+    """`bench` with 24 blocks instead of 4: 0.03 PFLOP a run.
 
     RECIPE=bench_24_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
     """
@@ -180,8 +180,8 @@ def finetune():
 PAGES = (reference, small, bench, bench_adamw, bench_no_warmup, bench_12_blocks, bench_24_blocks)
 RECIPES = {page.__name__: page for page in (*PAGES, finetune)}
 
-# What each optimizer has, where the recipe does not say otherwise. Muon's matrices are those of the
-# blocks; AdamW takes the rest, at adamw_factor times their learning rate.
+# Each optimizer's entries, with their values unless the recipe sets others. Muon trains the blocks'
+# matrices; AdamW trains the rest, at adamw_factor times their learning rate.
 OPTIMIZERS = {
     "sgd": {"momentum": 0.9},
     "adamw": {"betas": (0.9, 0.95)},

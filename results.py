@@ -40,7 +40,7 @@ PUBLISHED = [
 
 
 def read_logs(paths) -> list[RunLog]:
-    """The runs of those files that are result logs; names the others. Raises UserError, OSError."""
+    """The runs of the files that are result logs; reports the others. Raises UserError, OSError."""
     runs, faults = [], []
     for path in paths:
         try:
@@ -74,7 +74,7 @@ def _heading(group) -> str:
 
 
 def _reference_table(runs) -> str:
-    """A row a model, a column a norm type; several runs of one cell stand side by side."""
+    """A row per model, a column per norm type; several runs of one cell stand side by side."""
     cells = defaultdict(list)
     for run in runs:
         row = run.model_type if run.img_size == 224 else f"{run.model_type} at {run.img_size} px"
@@ -99,7 +99,7 @@ def _cell(run: RunLog) -> str:
 
 
 def _test_table(runs) -> str:
-    """A row a method and learning rate, the best on top."""
+    """A row per method and learning rate, the best on top."""
     rows = []
     for setting in sorted(settings(runs), key=lambda s: -(s.mean or 0)):
         percent = [100 * accuracy for accuracy in setting.accuracies]
@@ -118,7 +118,7 @@ def _test_table(runs) -> str:
 
 
 def _sweep_table(runs) -> str:
-    """A row a method, a column a learning rate, in bold the best of a row."""
+    """A row per method, a column per learning rate, the best of each row in bold."""
     found, best = {(s.method, s.rate): s for s in settings(runs)}, best_learning_rates(runs)
     methods, rates = (sorted(set(names)) for names in zip(*found))
 
@@ -196,8 +196,8 @@ def _suffixed(runs):
 
 
 def _best_rates(runs) -> str:
-    """The lines of --best_rates; a method's name is freed of spaces. NEXT_RATE lies beyond the
-    rates tried, where the best is at their edge."""
+    """The lines of --best_rates, without spaces in method names. NEXT_RATE is beyond the rates
+    tried; it is given if the best is the lowest or highest of them."""
     sweeps = split(runs)[2]
     if len(grouped(sweeps)) != 1:
         found = "; ".join(_heading(group) for group, _ in grouped(sweeps)) or "none"

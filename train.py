@@ -43,7 +43,7 @@ def main():
     files = RunFiles(args)
     files.check_writable()
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     try:
         device = dist_util.init(args)
@@ -108,11 +108,11 @@ def train(args, files, device, stop):
         if run["machine"] != machine:
             notes.append(f"Not exact from here on: {machine}; before, {run['machine']}")
             run["machine"] = machine
-        if not files.best.exists():  # as it is where --resume FILE goes on under another name
+        if not files.best.exists():  # e.g. --resume FILE continues under another name
             run["best_accuracy"] = 0.0
     if args.fp16 and args.half_dtype == "auto" and half_dtype is None:
         notes.append("--fp16 computes in fp32 here: no bf16 units; --half_dtype bf16 insists")
-    if args.overwrite and dist_util.is_main():  # only now: all that the new run needs is at hand
+    if args.overwrite and dist_util.is_main():  # only now, with all that the new run needs loaded
         for path in files.checkpoints():
             path.unlink()
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), saved)

@@ -15,7 +15,7 @@ def vit_config(patch, hidden_size, num_layers, num_heads, mlp_dim):
                 "num_layers": num_layers,
                 "attention_dropout_rate": 0.0,
                 "dropout_rate": 0.1,
-                "drop_path_rate": 0.0,  # of the last block; from 0 linearly over the depth
+                "drop_path_rate": 0.0,  # of the last block; rises linearly from 0 over the depth
             },
             "classifier": "token",  # or "gap": no class token, the mean of all others
             "representation_size": None,
@@ -55,7 +55,7 @@ CONFIGS = {
 
 
 def model_config(flags):
-    """The config that the flags of a run name: the size, and what the recipe says of the model."""
+    """The config for the flags of a run: the size, and what the recipe says about the model."""
     config = CONFIGS[flags.model_type].copy_and_resolve_references()
     config.classifier = {"token": "token", "mean": "gap"}[flags.pool]
     config.transformer.dropout_rate = flags.dropout

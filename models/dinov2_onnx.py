@@ -24,7 +24,7 @@ GAINS = {"layer_scale1.lambda1": "attn.out", "layer_scale2.lambda1": "ffn.fc2"}
 
 
 def dinov2_weights(onnx_model, config):
-    """Arrays by name of an LN model of ours that gives the tokens of `onnx_model`, before its head.
+    """Arrays by name for our LN model to give the same tokens, before the head, as `onnx_model`.
 
     LayerScale's gains and the normalization of the input are folded into the weights.
     """
@@ -51,8 +51,8 @@ def dinov2_weights(onnx_model, config):
 def _read(graph):
     """The ViT's arrays by name, linear weights as (out, in), and both parts of its positions.
 
-    ONNX's export drops the names of linear weights: they are the operands of products to which a
-    named bias is added. It drops those of the positions too, the only others of shape (1, N, D).
+    The export to ONNX dropped the names of linear weights: they are the operands of products to
+    which a named bias is added. The nameless positions are the only others of shape (1, N, D).
     """
     from onnx import numpy_helper
 

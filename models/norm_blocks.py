@@ -16,12 +16,12 @@ class Block(nn.Module):
     `norm(dim)` makes a norm layer; `index` counts the blocks from 0 to `depth` - 1.
 
     The head may read the class token alone. Then the last block is called as `forward(x, tokens)`,
-    for some of the tokens, if its `per_token` says that what surrounds the attention maps each
-    token by itself. A block that does not say so computes them all.
+    for some of the tokens, if its `per_token` says that all layers after the attention map each
+    token by itself. Otherwise it computes all tokens.
     """
 
-    after_attention = None  # the names of the layers that work on what the attention returns
-    own_start = False  # whether its branches start in a way of their own
+    after_attention = None  # the names of the layers after the attention; None: not known
+    own_start = False  # whether its branches have their own initialization
 
     def __init__(self, attn, ffn, norm, dim, index, depth):
         super().__init__()
@@ -116,7 +116,7 @@ class ResPost(Block):
 class Peri(Block):
     """x <- x + Norm(Attn(Norm(x)));  x <- x + Norm(MLP(Norm(x))), with four norms.
 
-    Source: Kim et al. 2025 (arXiv 2502.02732), equation 3. Gemma 2 places its RMSNorms so.
+    Source: Kim et al. 2025 (arXiv 2502.02732), equation 3. Gemma 2 places its RMSNorms like this.
     """
 
     after_attention = ("attention_out_norm", "ffn_norm", "ffn_out_norm")
@@ -174,7 +174,7 @@ class Keel(Block):
 
 
 def xavier(block, gain):
-    """Xavier's start for a block's weights, those of value, out and the MLP times `gain`."""
+    """Xavier initialization of a block; the weights of value, out and the MLP times `gain`."""
     attn, ffn = block.attn, block.ffn
     for linear in (attn.query, attn.key):
         nn.init.xavier_uniform_(linear.weight)
@@ -183,6 +183,6 @@ def xavier(block, gain):
 
 
 def drop_path_after_norms(block):
-    """Drop paths after the branches' norms, which would turn a dropped one into their bias."""
+    """Drop branches after their norms, which would turn a dropped branch into their bias."""
     block.drop_path = block.attn.drop_path
     block.attn.drop_path = block.ffn.drop_path = nn.Identity()

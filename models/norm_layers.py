@@ -51,7 +51,7 @@ class BatchNorm(nn.Module):
 
 
 class RepBN(BatchNorm):
-    """BN(x) + a x, a learned scalar that starts at 1.
+    """BN(x) + a x, with a learned scalar a that starts at 1.
 
     Source: Guo et al. 2024 (SLAB), equation 5; xinghaochen/SLAB, classification/models/prepbn.py.
     """
@@ -127,7 +127,7 @@ class Measuring(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("count", torch.tensor(0))
-        self.calls = 0  # `count` on the host: to read the buffer would be to wait for the device
+        self.calls = 0  # `count` on the host: reading the buffer would wait for the device
 
     @property
     def measuring(self):
@@ -138,7 +138,7 @@ class Measuring(nn.Module):
         return not self.measuring
 
     def add_to(self, average, statistic):
-        """Make `statistic`, that of the next batch, part of the buffer `average`."""
+        """Update the buffer `average` with the `statistic` of the next batch."""
         self.calls += 1
         self.count += 1
         average += (statistic - average) / self.calls
@@ -151,7 +151,7 @@ class Measuring(nn.Module):
 class AddBias(Measuring):
     """x + b - m, with the mean m of the first 8 training batches in place of a norm's.
 
-    Meanwhile m is the mean of those seen so far, and the learned bias b counts one hundredth.
+    Until then, m is the mean so far, and the learned bias b is multiplied by 0.01.
     Source: Shao et al. 2020 (RescaleNet), section 3.2; hukkai/rescaling, models/layers.py.
     """
 
@@ -172,7 +172,7 @@ class AddBias(Measuring):
 
 
 class UnitVariance(Measuring):
-    """s x / r, with the RMS r of the first 8 training batches, and a learned scalar s of 1."""
+    """s x / r, with the RMS r of the first 8 training batches, and a learned s, 1 at first."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ class UnitVariance(Measuring):
 
 
 class SpectralScale(nn.Module):
-    """The weight W as (g / sigma(W)) W, with its largest singular value and a learned scalar g.
+    """The weight W as (g / sigma(W)) W; sigma: the largest singular value, g: a learned scalar.
 
     A parametrization of weights (out, ...). sigma = v' W u with one power iteration for u and v in
     each training pass, in fp32. g starts at sigma(W), so that the weight is the same at first.
@@ -201,7 +201,7 @@ class SpectralScale(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight):
-        """Leave `weight` as it is."""
+        """Set g and u so that `weight` stays as it is."""
         _, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
         self.gamma.copy_(s[:1])
         self.u.copy_(vh[0])
@@ -219,5 +219,5 @@ class SpectralScale(nn.Module):
 
 
 def is_per_token(layer):
-    """Whether `layer` maps each token by itself, as far as it says so."""
+    """Whether `layer` says that it maps each token by itself."""
     return getattr(layer, "per_token", isinstance(layer, nn.Identity))

@@ -73,5 +73,5 @@ NORM_TYPES = {
 # What --qk_norm chooses: on the queries and keys of each head.
 QK_NORMS = {"none": nn.Identity, "rms": RMSNorm, "ln": LayerNorm}
 
-# Steps from the start in which a type may measure what it sees. They are not compiled.
+# The first steps, in which a type may measure its inputs. They are not compiled.
 MEASURING_STEPS = Measuring.MEASURING_CALLS

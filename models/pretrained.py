@@ -1,4 +1,4 @@
-"""Foreign weights into a model, behind --pretrained_dir. models/weight_files.py reads the files.
+"""Loads weights into a model, for --pretrained_dir. models/weight_files.py reads the files.
 
 Only the names and shapes of `model.state_dict()` matter here: a norm's arrays go wherever the model
 has arrays of the same name, so a new norm type needs nothing in this file.
@@ -19,16 +19,16 @@ from utils.errors import UserError
 
 BLOCK = re.compile(r"(encoder\.layer\.|encoderblock_)(\d+)")  # in our names, in Google's
 HEAD = ("head.weight", "head.bias")
-GAIN = "_gain"  # of a branch, as LayerScale has
+GAIN = "_gain"  # of a branch, as in LayerScale
 
 
 def load_pretrained(model, file, position_resize="auto"):
     """Load `file`, of any format, into `model`; returns the lines to log about it.
 
-    Position embeddings of another grid are resized: bilinear or bicubic, as the file's kind was
-    meant to be, or as `position_resize` says. Where the file's branches have no gains, ours are 1.
-    A head of another size, or `model.zero_head`, makes ours start at zero. Raises `UserError`, and
-    leaves the model as it was.
+    Position embeddings of another grid are resized: bilinear or bicubic, as is right for the kind
+    of file, or as `position_resize` says. If the file's branches have no gains, ours become 1. Our
+    head starts at zero if the file's has another size, or with `model.zero_head`. Raises
+    `UserError`, and leaves the model as it was.
     """
     file = Path(file)
     state = model.state_dict()
@@ -88,17 +88,17 @@ def load_pretrained(model, file, position_resize="auto"):
 
 
 def _plain(key):
-    """Name without the level that BN and GN hold their norms down."""
+    """Name without the extra level `layer` of BN's and GN's norms."""
     return re.sub(r"\.layer\.(?!\d)", ".", key)
 
 
 def _weight(key):
-    """Name of the weight that a parametrization works on, as it is without it."""
+    """Name of a parametrized weight as it would be without the parametrization."""
     return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", key)
 
 
 def _start_parametrizations(model, loaded):
-    """Have those start from their loaded weights, of which the file has the weights alone."""
+    """Have parametrizations start from the loaded weights, if the file has only the weights."""
     for name, module in model.named_modules():
         if isinstance(module, ParametrizationList):
             for number, part in enumerate(module):
@@ -107,9 +107,9 @@ def _start_parametrizations(model, loaded):
 
 
 def _check_names(file, names, arrays, may_lack_head):
-    """Raise unless the file has all of a plain ViT, norms for all places or none, no more blocks.
+    """Raise if the file lacks parts of a plain ViT, or some of the norms, or has too many blocks.
 
-    Norms as a whole may be missing: the file or the model may be without.
+    Norms may be missing altogether: the file or the model may be without.
     """
     roles = {_role(key) for key, name in names.items() if name in arrays}
     missing = [
@@ -162,12 +162,12 @@ def _checked(file, name, array, shape, floats):
 
 
 def _summary(names):
-    """Names in a line, those of all blocks as one."""
+    """Names in one line; those that recur in all blocks once."""
     return ", ".join(dict.fromkeys(BLOCK.sub(r"\1*", name) for name in names))
 
 
 def _side(tokens):
-    """Side of the square grid of patches in `tokens`, less the class token; 0 if it is none."""
+    """Side of the square grid of `tokens` without the class token; 0 if it is no square."""
     side = isqrt(max(tokens - 1, 0))
     return side if side**2 == tokens - 1 else 0
 

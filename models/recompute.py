@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(block, *inputs):
-    """block(*inputs), keeping the inputs alone; its gradients compute the rest again.
+    """block(*inputs), keeping only the inputs; the backward pass computes the rest again.
 
-    Source: Chen et al. 2016. A compiler recomputes without touching statistics by itself.
+    Source: Chen et al. 2016. A compiler's own recomputation leaves statistics alone.
     """
     compiling = torch.compiler.is_compiling()
     contexts = {} if compiling else {"context_fn": partial(_contexts, block)}
@@ -20,8 +20,8 @@ def recomputed(block, *inputs):
 def _contexts(block):
     """Contexts of the forward pass and of the recomputation, to be made before the first.
 
-    The recomputation works on a copy of the state that the forward pass found: BatchNorm and
-    AddBias do the same again, and their statistics move once.
+    The recomputation works on a copy of the state from before the forward pass: BatchNorm and
+    AddBias compute the same again, and their statistics are updated only once.
     """
     stateful = [m for m in block.modules() if m._buffers]
     found = [

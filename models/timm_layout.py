@@ -26,7 +26,7 @@ def is_timm(arrays):
 def from_timm(arrays, wanted):
     """Arrays under timm's names as ours. `wanted`: the names in our model.
 
-    Gains of LayerScale go where the model has such, else into the weights before them: diag(g)
+    LayerScale's gains go into the model's if it has any, else into the weights before: diag(g)
     (W x + b). Raises ValueError for what the model has no place for, KeyError for what is missing.
     """
     ours, gains = {}, {}
@@ -65,7 +65,7 @@ def fold_gain(weights, module, gain):
 
 
 def fold_normalization(weights, mean, std):
-    """Have the patch embedding take our input, (x - 0.5) / 0.5, where it took (x - mean) / std."""
+    """Have the patch embedding take our (x - 0.5) / 0.5 instead of (x - mean) / std."""
     mean, std = (np.asarray(values)[:, None, None] for values in (mean, std))
     weight = weights[f"{PATCHES}.weight"]  # (D, 3, patch, patch)
     bias = weights[f"{PATCHES}.bias"] + (weight * ((0.5 - mean) / std)).sum((1, 2, 3))

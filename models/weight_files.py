@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 @dataclass
 class WeightFile:
-    """What a file holds, and how it is meant."""
+    """What a file holds, and how to interpret it."""
 
     arrays: dict  # NumPy arrays by name
     is_google: bool = False  # names and layouts are Google's; else they are ours
@@ -77,12 +77,12 @@ def _read(file):
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, opened.metadata() or {}
     weights = load_checkpoint(file)["model"]
-    inner = weights.get("state_dict")  # where some keep them
+    inner = weights.get("state_dict")  # where some files keep them
     return inner if isinstance(inner, dict) else weights, {}
 
 
 def _to_numpy(file, name, value):
-    """An array as it is, a tensor as an array, fp32 if it is one of floats."""
+    """An array as it is, a tensor as an array, in fp32 if it holds floats."""
     if isinstance(value, np.ndarray):
         return value
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -94,7 +94,7 @@ def _to_numpy(file, name, value):
 def _normalization(file, arrays, metadata):
     """Mean and deviation that the file's model subtracts and divides by; None if it is unknown.
 
-    They are in the metadata, or in the config.json beside it as timm publishes it, or DINOv2's.
+    From the metadata, or the config.json that timm publishes beside a file, or else DINOv2's.
     """
     config = file.with_name("config.json")
     try:
@@ -105,5 +105,5 @@ def _normalization(file, arrays, metadata):
             described = described.get("pretrained_cfg", described)
             return described["mean"], described["std"]
     except (ValueError, KeyError, TypeError, OSError):
-        pass  # as good as none
+        pass  # treated as missing
     return IMAGENET if "mask_token" in arrays else None

@@ -199,7 +199,7 @@ def build_parser(recipe="reference"):
     add("--data_dir", default="data", **folder, help="where CIFAR is, or is downloaded to")
     add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
     add("--local_rank", "--local-rank", default=-1, type=int, help="from old launchers")
-    parser.set_defaults(processes=1)  # no flag, but it decides results like one
+    parser.set_defaults(processes=1)  # no flag, but it affects results like one
     entries = RECIPES[recipe]().to_dict()
     parser.set_defaults(**OPTIMIZERS[entries["optimizer"]] | entries)
     return parser
@@ -252,7 +252,7 @@ def parse_args(argv=None):
 
 
 def _set_entries(parser, args):
-    """Put the values of --set where those of the recipe are; forget what the optimizer has not."""
+    """Replace the recipe's values by those of --set; clear entries that the optimizer lacks."""
     named = set()
     for text in args.set:
         name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Attention weights, as arrays, to maps over the image and to matplotlib figures."""
+"""Turns attention weights (arrays) into maps over the image and matplotlib figures."""
 
 import math
 
@@ -32,7 +32,7 @@ def attention_rollout(weights: list[np.ndarray], class_token=True) -> np.ndarray
 def attention_map_figure(attention: np.ndarray, title: str) -> Figure:
     """One head's attention (N, N), queries down, keys across; token 0 is the class token.
 
-    The largest 0.5% of the weights share the brightest color: else a few would darken the rest.
+    The largest 0.5% of the weights share the brightest color, or else a few would darken the rest.
     """
     figure = Figure(figsize=(5, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -43,7 +43,7 @@ def attention_map_figure(attention: np.ndarray, title: str) -> Figure:
 
 
 def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) -> Figure:
-    """The image beside itself under each map of the attention to its patches.
+    """The image, and copies of it under each map of the attention to its patches.
 
     image: (S, S, 3) in [0, 1]. maps: title -> attention of `to_patches`, a square number of them.
     Each map has its own color scale, given above it.
@@ -56,7 +56,7 @@ def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) 
     for axes, (name, patches) in zip(others, maps.items(), strict=True):
         axes.imshow(
             image.mean(axis=-1), cmap="gray", vmin=-0.5, vmax=1
-        )  # pale: no shade hides heat
+        )  # pale, so as not to hide the map
         grid = patches.reshape(math.isqrt(len(patches)), -1)
         extent = (-0.5, edge, edge, -0.5)
         axes.imshow(grid, cmap="inferno", alpha=0.6, interpolation="bilinear", extent=extent)

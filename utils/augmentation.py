@@ -1,7 +1,7 @@
-"""Augmentation of training batches on their device, with draws of its own for each image.
+"""Augmentation of training batches on their device, with separate draws for each image.
 
-torchvision's transforms draw once a call, so for a whole batch. Here all draws of an epoch are made
-at once, from its generators, and a batch takes those of its images.
+torchvision's transforms draw once per call, so for a whole batch. Here all draws of an epoch are
+made at once, from its generators, and each batch takes those of its images.
 """
 
 import torch
@@ -12,10 +12,10 @@ from utils.randaugment import RandAugment
 
 
 class Augmentation:
-    """RandAugment, crop and flip, then mixup or cutmix, as far as the entries of `recipe` say so.
+    """RandAugment, crop and flip, then mixup or cutmix, as the entries of `recipe` say.
 
-    `draw` makes the draws of n images; `__call__` makes a batch's images and targets from its part
-    of them. `resizer` is a `Resizer`; `classes` counts the labels.
+    `draw` makes the draws of n images; `__call__` makes a batch's images and targets with its
+    share of the draws. `resizer` is a `Resizer`; `classes` counts the labels.
     """
 
     def __init__(self, recipe, resizer, classes):
@@ -89,12 +89,11 @@ def shifted(images, shifts, flipped=None):
 def mixed(x, targets, draws):
     """Mixup or cutmix of each image with the one before it in the batch.
 
-    x (B, 3, S, S), targets (B, classes). An image keeps the share w of itself: of each pixel
-    (mixup), or of its area (cutmix, all outside of a box). Source: Zhang et al. 2018; Yun et al.
-    2019.
+    x (B, 3, S, S), targets (B, classes). An image keeps the share w of each pixel (mixup) or of its
+    area (cutmix: all but a box). Source: Zhang et al. 2018; Yun et al. 2019.
     """
     side = x.shape[-1]
-    edge = torch.sqrt(1 - draws["cutmix"])[:, None] / 2  # half a box's, as a share of the side
+    edge = torch.sqrt(1 - draws["cutmix"])[:, None] / 2  # half a box's, as a share of the image's
     low = ((draws["center"] - edge).clamp(0, 1) * side).round()
     high = ((draws["center"] + edge).clamp(0, 1) * side).round()
     pixel = torch.arange(side, device=x.device)

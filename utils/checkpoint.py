@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read verified and without executing anything."""
+"""Checkpoints: written atomically, verified when read, without executing anything."""
 
 import os
 import pickle
@@ -32,9 +32,9 @@ def save_checkpoint(content, path):
 
 
 def write_file(path, write):
-    """Have `write(file)` fill a temporary name; fsync, rename to `path`, fsync of the folder.
+    """Have `write(file)` fill a temporary file; fsync it, rename it to `path`, fsync the folder.
 
-    Raises OSError (disk full, read-only folder, ...); a file already at `path` is then as it was.
+    Raises OSError (disk full, read-only folder, ...); a file already at `path` stays as it was.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -61,12 +61,12 @@ def write_file(path, write):
 def load_checkpoint(path):
     """The dict in `path`: ours, or {"model": state dict} for a bare state dict of others.
 
-    Tensors are on the CPU. Only tensors and plain containers are read (weights_only): a file that
-    wants more is refused. Raises UserError.
+    Tensors are on the CPU. Only tensors and plain containers are read (weights_only): a file with
+    anything else is refused. Raises UserError.
     """
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):  # what torch.load reads without a look at the CRCs
+        if zipfile.is_zipfile(path):  # torch.load does not check the CRCs of these
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise UserError(f"{path}: damaged, the CRC of {damaged} does not fit")
@@ -104,7 +104,7 @@ def load_model(path, vis=False):
     saved = load_checkpoint(path)
     if "flags" not in saved:
         raise UserError(f"{path} holds weights alone, not the flags of their run")
-    flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # an older run's
+    flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # for older runs
     vars(flags).update(saved["flags"])
     check_flags(flags, f"{path}: its ")
     model = build_model(flags, len(CLASSES[flags.dataset]), vis)
@@ -124,10 +124,10 @@ def check_flags(flags, source):
 
 
 def find_checkpoint(args, files):
-    """What the run goes on from: a checkpoint's content or None, and lines for its log.
+    """What the run continues from: a checkpoint's content or None, and lines for its log.
 
-    Raises UserError where files of the run exist but it is not to be resumed, where --resume FILE
-    cannot be read, or where a checkpoint's flags are not the run's.
+    Raises UserError if files of the run exist but it is not to be resumed, if --resume FILE cannot
+    be read, or if a checkpoint's flags are not the run's.
     """
     if not args.resume:
         if files.existing() and not args.overwrite:
@@ -153,7 +153,7 @@ def find_checkpoint(args, files):
 
 
 def _check_continues(args, saved, path):
-    """Raise UserError if `saved`, of `path`, does not continue a run of these flags."""
+    """Raise UserError if `saved`, of `path`, cannot continue a run with these flags."""
     if "run" not in saved:
         raise UserError(f"--resume {path}: holds weights only, a run cannot continue from it")
     if saved.get("format") != FORMAT:
@@ -180,7 +180,7 @@ def save_run(files, precision, run, args):
     newest = files.step(run["step"])
     save_checkpoint(content | precision.state_dict(), newest)
     steps = files.steps()
-    place = steps.index(newest)  # what is beyond is damaged, or of a course that was given up
+    place = steps.index(newest)  # newer ones are damaged or of an abandoned course
     for path in steps[:place] + steps[place + 2 :]:
         path.unlink(missing_ok=True)
 
@@ -193,7 +193,7 @@ def save_weights(path, precision, run, args):
 
 @contextmanager
 def lock(files):
-    """Hold the run's two lock files, or raise UserError. They drop with the process."""
+    """Hold the run's two lock files, or raise UserError. The end of the process frees them."""
     with ExitStack() as stack:
         for path in (files.lock, files.tensorboard_lock) if dist_util.is_main() else ():
             try:

@@ -1,4 +1,4 @@
-"""Runs set side by side: which differ in their seeds alone, and what they reached."""
+"""Compares runs: which ones differ only in their seeds, and what they reached."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from statistics import mean
 
 from utils.log_reader import OPERATIONAL, RunLog
 
-# Flags that make no other method: how a run was carried out, and what its group, its name or its
-# column in a table says already.
+# Flags that do not distinguish methods: how a run was carried out, and what its group, its name or
+# its column in a table says already.
 NO_METHOD = {*OPERATIONAL, "eval_every", "dataset", "recipe", "model_type", "num_steps"}
 NO_METHOD |= {"norm_type", "learning_rate", "seed", "img_size", "pretrained_dir"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs of one method and peak learning rate, which differ in their seeds alone."""
+    """Runs of one method and peak learning rate, which differ only in their seeds."""
 
     method: str
     rate: float

@@ -51,7 +51,7 @@ def load_dataset(name, data_dir="data"):
     """
     if name == "digits":
         return _digits()
-    # Imported here: it takes seconds that a mistake in the flags need not cost.
+    # Imported here: it takes seconds, and mistakes in the flags should be reported at once.
     from torchvision.datasets import CIFAR10, CIFAR100
 
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -105,8 +105,8 @@ def _digits():
 def sample_boxes(n, generator, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)):
     """n boxes (n, 4) int64: top, left, height, width in pixels, as RandomResizedCrop draws them.
 
-    Source: torchvision's RandomResizedCrop.get_params: area uniform in `scale`, aspect ratio
-    log-uniform in `ratio`, the first of ten draws that fits, else the whole (square) image.
+    Area uniform in `scale`, aspect ratio log-uniform in `ratio`; the first of ten draws that fits
+    is used, or the whole image if none fits. Source: torchvision's RandomResizedCrop.get_params.
     """
 
     def uniform(low, high, shape):
@@ -129,7 +129,7 @@ class Resizer:
     """Crop and bilinear resize to (size, size), antialiased when shrinking, pixels to [-1, 1].
 
     Along one axis a resize is a product with a (size, 32) matrix of triangle weights, and there are
-    only 528 boxes (start, length): all matrices are made once and looked up. A matrix has few
+    only 528 spans (start, length): all matrices are made once and looked up. A matrix has few
     weights in each row ("taps", two when enlarging). Along the second axis, where nearly all the
     work is, only these are used: embedding_bag adds up weighted rows.
     """
@@ -192,7 +192,7 @@ class TrainBatches:
 
     Batch i, counted from the start of training, depends on (seed, i) alone: each epoch's order and
     draws come from generators seeded with (seed, epoch). An epoch's short last batch is used too.
-    With several processes a batch holds batch_size images of each, process `rank` taking its part.
+    With several processes a batch has batch_size images for each; process `rank` takes its part.
     `augmentation` is an `Augmentation`.
     """
 
@@ -202,7 +202,7 @@ class TrainBatches:
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.rank, self.world_size = rank, world_size
         total, n = batch_size * world_size, len(self.labels)
-        # A rest too small to give each process an image is left out.
+        # A remainder too small to give each process an image is skipped.
         self.per_epoch = n // total + (n % total >= world_size)
         self.epoch = None
 
@@ -216,7 +216,7 @@ class TrainBatches:
         self.epoch = epoch
 
     def indices(self, i):
-        """Training-set indices of batch i, those of all processes, (b * world_size,)."""
+        """Training-set indices of batch i, for all processes, (b * world_size,)."""
         epoch, place = divmod(i, self.per_epoch)
         if epoch != self.epoch:
             self._start_epoch(epoch)
@@ -233,7 +233,7 @@ class TrainBatches:
 class TestBatches:
     """Iterates over this process's part of the test images; all processes see each image once."""
 
-    __test__ = False  # no test case, whatever pytest makes of the name
+    __test__ = False  # tells pytest that it is no test case
 
     def __init__(self, dataset, batch_size, resizer, device, rank=0, world_size=1):
         part = torch.arange(len(dataset.test_labels)).tensor_split(world_size)[rank]

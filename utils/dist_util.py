@@ -49,7 +49,7 @@ def world_size():
 
 
 def sum_over_processes(tensor):
-    """The sum of a tensor over all processes, where the tensor is."""
+    """The sum of a tensor over all processes, on its device."""
     if not dist.is_initialized():
         return tensor
     total = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor.clone()
@@ -71,7 +71,7 @@ def share_buffers(model):
 
 @contextmanager
 def main_first():
-    """The main process goes through the block before the others, which find what it left."""
+    """The main process runs the block before the others, which find what it has made."""
     if dist.is_initialized() and not is_main():
         dist.barrier()
     try:

@@ -1,4 +1,4 @@
-"""What becomes of a run whose loss or gradients are not finite."""
+"""Ends a run whose loss or gradients are not finite."""
 
 import torch
 
@@ -9,10 +9,10 @@ MAX_SKIPPED = 50  # skipped steps in a row that end a run
 
 
 def check_finite(run, step, records, precision, batches, parts, log, files):
-    """Count the skipped among the StepRecords of the steps up to `step`, in `run`.
+    """Count skipped steps in `run`; `records` are the StepRecords of the steps up to `step`.
 
-    Without a loss scale one is too many, with one MAX_SKIPPED in a row: then the log gets the
-    training images of that step, and DivergedError is raised.
+    One is too many without a loss scale, MAX_SKIPPED in a row with one: then the training images
+    of that step are logged, and DivergedError is raised.
     """
     for number, record in enumerate(records, step - len(records) + 1):
         if record.finite:

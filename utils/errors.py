@@ -6,11 +6,11 @@ import re
 import sys
 from pathlib import Path
 
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # on a CPU no type tells it
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # it has no type on a CPU
 
 
 class UserError(ValueError):
-    """The user's mistake, or a fault of the machine that the user can mend: one line, status 2."""
+    """The user's mistake, or a fault of the machine that the user can fix: one line, status 2."""
 
 
 class DivergedError(ArithmeticError):
@@ -42,7 +42,7 @@ def reported(main):
                 " raise --gradient_accumulation_steps, or use --grad_checkpointing"
             )
             status = 2
-        # The error is gone, and with it what main() held: a progress bar has ended its line.
+        # The error no longer keeps main()'s objects alive: a progress bar has ended its line.
         sys.stderr.write(f"{program}: error: {line}\n")
         return status
 

@@ -15,7 +15,7 @@ from utils.precision import Precision
 
 @torch.inference_mode()
 def evaluate(model, test_batches, precision, stop=None):
-    """Mean cross entropy and accuracy in [0, 1] over all test images; None if to stop at once."""
+    """Mean cross entropy and accuracy in [0, 1] over all test images; None if asked to stop."""
     model.eval()
     dist_util.share_buffers(model)
     sums = []
@@ -35,7 +35,7 @@ def evaluate(model, test_batches, precision, stop=None):
 
 def evaluate_run(args, files, device, level, half_dtype):
     """--eval: evaluate the run's best weights and draw its figures."""
-    from plot_acc_loss import plot_log  # matplotlib takes a second that training need not wait for
+    from plot_acc_loss import plot_log  # matplotlib takes a second to import
     from plot_attn import plot_attention
 
     saved = load_checkpoint(files.best)

@@ -12,7 +12,7 @@ from models.norm_layers import Measuring
 def training_pflop(flags, num_classes):
     """PFLOP of all steps' forward and backward passes; a multiply-add is two operations.
 
-    Every step counts as one with a full batch, and with the measuring of the first steps done.
+    Every step counts as one with a full batch, after the first steps' measuring.
     """
     parts = flags.gradient_accumulation_steps
     with torch.device("meta"):
@@ -28,7 +28,7 @@ def training_pflop(flags, num_classes):
 
 
 def highest_memory():
-    """Bytes at this process's peak; on a CPU getrusage would tell its parent's too."""
+    """Peak memory of this process in bytes; on a CPU getrusage would include its parent's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

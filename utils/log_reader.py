@@ -1,6 +1,6 @@
 """Result logs as data: ours and the reference's.
 
-A log line is `MM/DD/YYYY HH:MM:SS - LEVEL - logger - message`; a message may go on over further
+A log line is `MM/DD/YYYY HH:MM:SS - LEVEL - logger - message`; a message may take several
 lines. One that starts with "Process rank" opens a run, and a log may hold several runs.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 LINE = re.compile(r"^\d\d/\d\d/\d{4} \d\d:\d\d:\d\d - [A-Z]+ - \S+ - (.*)$", re.M)
-# These match messages, freed of their prefixes. A number must have all its decimals, so that a
+# These match messages without their prefixes. A number must have all its decimals, so that a
 # half-written one does not count.
 RUN = re.compile(r"^(?:Process rank:|Training parameters|Global Steps:)", re.M)
 EVALUATION = re.compile(
@@ -112,7 +112,7 @@ def read_log(path) -> RunLog:
 
 
 def is_finished(path) -> bool:
-    """Whether the log at `path` tells of a run to its end; there may be no such log yet."""
+    """Whether the log at `path` is of a finished run; there may be no such log yet."""
     try:
         return read_log(path).finished
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ WEIGHT = re.compile(r"(.*\.)?weight(\.original)?")
 def make_optimizers(flags, parameters):
     """A list of optimizers. The learning rate of a group is to be multiplied by its `factor`.
 
-    `parameters` is a dict by name. Weights decay: matrices and kernels alone, unless
+    `parameters` is a dict by name. Only matrices and kernels decay, unless
     `flags.decay_all`. Source of Muon: Jordan et al. 2024; AdamW: Loshchilov & Hutter 2019.
     """
     if flags.optimizer == "sgd":
@@ -42,7 +42,7 @@ def _adamw(flags, parameters, factor=1.0):
 
 
 def _groups(flags, parameters, factor=1.0):
-    """Groups of the parameters alike in weight decay and in the factor of their learning rate."""
+    """The parameters grouped by weight decay and by the factor of their learning rate."""
     groups = {}
     for name, p in parameters.items():
         decays = flags.decay_all or bool(WEIGHT.fullmatch(name) and p.ndim > 1)

@@ -1,4 +1,4 @@
-"""What others do: timm's and torchvision's models in plain PyTorch, PIL's images."""
+"""The alternatives to compare with: timm's and torchvision's models, and PIL's images."""
 
 from functools import cached_property
 
@@ -15,9 +15,9 @@ from utils.trial import CLASSES, random_batch
 
 
 class PeerTrial:
-    """The same as a Trial, with their model of the size that `flags` name.
+    """Like a Trial, with timm's or torchvision's model of the size that `flags` give.
 
-    words: the library, and `autocast` or `half`, which take the type `half`, or `compiled`.
+    words: the library, and `autocast` or `half` (both in the type `half`), or `compiled`.
     """
 
     def __init__(self, flags, device, half, words):
@@ -40,7 +40,7 @@ class PeerTrial:
 
     @cached_property
     def data(self):
-        """Training and test batches without end: a loader's start is not to be counted."""
+        """Endless training and test batches, so that no loader's start is timed."""
         size = (self.flags.img_size, self.flags.img_size)
         crop = transforms.RandomResizedCrop(size, scale=(0.05, 1.0))
         return self._batches(True, crop), self._batches(False, transforms.Resize(size))

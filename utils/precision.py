@@ -39,8 +39,8 @@ class Precision:
     """Owns loss scale, overflow, masters, clipping and the optimizer step.
 
     Everything about a step stays on the device; only `read()` waits for it. A step with a
-    non-finite loss or gradient changes no weight, only the loss scale. Where nothing is scaled it
-    is a failure, and no later step changes the weights either.
+    non-finite loss or gradient changes no weight, only the loss scale. Without a loss scale
+    it is a failure, and no later step changes the weights either.
     """
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
@@ -56,7 +56,7 @@ class Precision:
             nn.Parameter(e) if level == "O2" and w.dtype != e.dtype else w
             for w, e in zip(self.weights, exact)
         ]
-        # `scaled`: whether a non-finite gradient is part of the method; else it is a failure.
+        # `scaled`: whether non-finite gradients are to be expected; else they are a failure.
         self.scaled = level in ("O1", "O2") and (half_dtype == torch.float16 or loss_scale > 0)
         self.dynamic = self.scaled and loss_scale == 0
         scale = INITIAL_SCALE if self.dynamic else loss_scale if self.scaled else 1.0
@@ -80,7 +80,7 @@ class Precision:
                 else:
                     module.to(self.half)  # its statistics too
             elif isinstance(module, ParametrizationList):
-                module.to(self.half)  # the buffers, too, that the weight is computed from
+                module.to(self.half)  # with the buffers that the weight is computed from
         for p in self.model.parameters():
             if p not in kept:
                 p.data = p.data.to(self.half)
@@ -124,7 +124,7 @@ class Precision:
 
     @torch.no_grad()
     def update(self, learning_rate):
-        """Update the weights and clear the gradients; or skip, if not all is finite."""
+        """Update the weights, unless something is not finite, and clear the gradients."""
         scale = self.state["scale"].clone()
         finite = self._is_finite()
         self._record(finite, scale, learning_rate)
@@ -144,7 +144,7 @@ class Precision:
             optimizer.grad_scale = scale if self.scaled else None
             optimizer.found_inf = 1 - finite.float()
             optimizer.step()
-        elif finite:  # others make it wait for the device here
+        elif finite:  # for other optimizers, this waits for the device
             for group in optimizer.param_groups:
                 for master in group["params"]:
                     if master.grad is not None:
@@ -159,7 +159,7 @@ class Precision:
 
     @contextmanager
     def averaged(self):
-        """Within it the model has the averaged weights, where such are kept."""
+        """Within it the model has the averaged weights, if they are kept."""
         if not self.averages:
             yield
             return

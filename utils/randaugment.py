@@ -1,4 +1,4 @@
-"""RandAugment for batches of uint8 images, each image with ops of its own.
+"""RandAugment for batches of uint8 images, with separate ops for each image.
 
 Source: Cubuk et al. 2020. The ops and their magnitudes are those of torchvision's RandAugment,
 which draws once for a whole batch.
@@ -13,13 +13,13 @@ MAGNITUDES = 31
 
 
 class RandAugment:
-    """num_ops ops an image, each drawn uniformly from torchvision's, at `magnitude` (0 to 30).
+    """num_ops ops per image, each drawn uniformly from torchvision's, at `magnitude` (0 to 30).
 
-    A round applies each op to the images that drew it; a GPU waits once a call, to count them.
+    A round applies each op to the images that drew it; counting them waits once for a GPU.
     """
 
     def __init__(self, num_ops=2, magnitude=9):
-        from torchvision.transforms import v2  # takes seconds, which few recipes need
+        from torchvision.transforms import v2  # slow to import, and seldom needed
 
         self.num_ops, self.torchvisions = num_ops, v2.RandAugment()
         self.kinds = []  # (name of the op, its magnitude) without and with a minus sign

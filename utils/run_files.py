@@ -98,7 +98,7 @@ def _usual_file(args):
 
 
 def _unnamed(args):
-    """What the reference's names leave out, of the flags that are not at their defaults."""
+    """The flags that are not at their defaults and that the reference's names leave out."""
     parser, flags = build_parser(args.recipe), result_flags(args)
     rest = {
         k: v
@@ -111,7 +111,7 @@ def _unnamed(args):
 
 
 def _suffix(flags):
-    # A comma cannot be in --name: two runs never come to the same file name.
+    # --name cannot contain a comma, so two runs never get the same file name.
     values = {k: "_".join(map(str, v)) if isinstance(v, tuple) else v for k, v in flags.items()}
     text = "".join(f",{k}" if v is True else f",{k}={v}" for k, v in values.items())
     if len(text) <= 90:

@@ -21,17 +21,17 @@ STEPS_TO_TIME = 10  # of this process, before it says how long the rest takes
 class RunLogger:
     """Writes a run's text log, echoed on stderr, and its TensorBoard events; mute unless `active`.
 
-    What a `say_...` says depends on time, machine or process: it goes to stderr alone.
+    What the `say_...` methods write depends on time, machine or process: it goes to stderr only.
 
-    With `saved`, the content of a checkpoint, both go on from there. The log is again what it was
-    then, unless that was the log of a run of another name or other flags: `is_new` tells.
+    With `saved`, the content of a checkpoint, both continue from there. The log is restored as it
+    was then, unless that was the log of another run (name or flags): then `is_new` is true.
     """
 
     def __init__(self, log_file, tensorboard_dir, active=True, saved: dict | None = None):
         self.active, self.is_new = active, False
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds, which mistakes need not
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         self.log_file = Path(log_file)
         text = saved["log"].get(self.log_file.name, "") if saved else ""
@@ -121,7 +121,7 @@ class RunLogger:
     def say_time_left(self, step: int, last_read: int, images_per_s: float) -> None:
         """Says once how long the rest takes, at the speed of the steps from `last_read` to `step`.
 
-        Compiling takes much of the first of these times, so that one tells nothing.
+        With --compile, the first of these times includes compiling and is not used.
         """
         known_since = last_read if self.args.compile else step
         is_early = known_since < self.first + STEPS_TO_TIME
@@ -172,7 +172,7 @@ class RunLogger:
         """Adds a figure of the attention over the first image to TensorBoard."""
         if not self.active:
             return
-        from plot_attn import attention_figure  # matplotlib takes a second, which few runs need
+        from plot_attn import attention_figure  # slow to import, and seldom needed
 
         figure = attention_figure(measured_copy(model), images[:1].float(), "test image 0")
         self.writer.add_figure("attention", figure, step)
@@ -191,7 +191,7 @@ class RunLogger:
         plain = (bool, int, float, str)
         flags = {k: v if isinstance(v, plain) else str(v) for k, v in flags.items()}
         # SummaryWriter.add_hparams would use a sub-folder, which TensorBoard shows as a second run.
-        # Its first summary lists the columns; without, TensorBoard begins with those that differ.
+        # Its first summary lists the columns; without it, those that differ come first.
         for summary in hparams(flags, metrics)[1:]:
             self.writer.file_writer.add_summary(summary)
         self.scalars(0, metrics)
@@ -210,7 +210,7 @@ class RunLogger:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            error.filename = str(self.log_file)  # a full disk's error names none
+            error.filename = str(self.log_file)  # the error of a full disk names no file
             raise
         self._say(line)
 
@@ -250,7 +250,7 @@ def _environment() -> str:
 
 
 def _git(*args) -> str:
-    """What git says of this program's folder. It takes no lock, which a kill -9 would leave."""
+    """git's output for this program's folder, without a lock that a kill -9 would leave."""
     command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *args]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-IMAGES = 128  # that are measured
-PART = 32  # images of one pass, which bounds the memory, and those whose effective rank is taken
+IMAGES = 128  # how many are measured
+PART = 32  # images per pass, to bound memory; also those for the effective rank
 
 
 def signal_stats(model, images, labels) -> dict[str, list[float]]:
@@ -15,15 +15,15 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
         (the residual stream), not centred.
     grad_norm: L2 norm of the gradients of the mean cross entropy of the images with respect to the
         block's parameters.
-    attention_entropy: -sum_j A_ij log A_ij in nats, mean over queries, heads and images; N tokens
-        attended to alike give log N.
+    attention_entropy: -sum_j A_ij log A_ij in nats, mean over queries, heads and images; equal
+        attention to N tokens gives log N.
     effective_rank: exp(-sum_i p_i log p_i), p_i = s_i / sum_j s_j, of the singular values s of one
         image's output (tokens x D), not centred; mean over the first 32 images at most.
         Source: Roy & Vetterli 2007.
 
     images: (B, 3, S, S) in [-1, 1], on the model's device; labels: (B,). A copy of the model is
-    measured, in fp32 and evaluation mode, all tokens of its last block too: the model and the
-    random state stay as they are. What is not finite gives nan or inf.
+    measured, in fp32 and evaluation mode, with all tokens of its last block: the model and the
+    random state stay as they are. Non-finite values give nan or inf.
     """
     model = measured_copy(model)
     blocks = model.transformer.encoder.layer
@@ -63,7 +63,7 @@ def signal_scalars(model, images, labels) -> dict[str, float]:
 
 
 def measured_copy(model):
-    """`model` in fp32 and evaluation mode, all blocks computing all tokens, keeping attention."""
+    """A copy in fp32 and evaluation mode, whose blocks compute all tokens and keep attention."""
     weights = [block.attn.weights for block in model.transformer.encoder.layer]
     # The last pass's weights may be part of its graph, and such tensors cannot be copied.
     model = copy.deepcopy(model, {id(a): a.detach() for a in weights if a is not None})

@@ -24,7 +24,7 @@ class StopSignal:
 
     def _handle(self, number, frame):
         if self.received:
-            # torchrun passes on a signal that all processes of a job may have got already.
+            # torchrun forwards a signal that all processes may have received already.
             if dist_util.world_size() == 1 or time.monotonic() > self.time + 2:
                 os._exit(128 + number)
             return

@@ -1,4 +1,4 @@
-"""What train.py does, without a run: to be measured and to be checked."""
+"""train.py's training without a run, for benchmark.py and check_gpu.py."""
 
 from functools import cached_property
 from itertools import count
@@ -23,7 +23,7 @@ def random_batch(flags, device, dtype):
 
 
 class Trial:
-    """The model that `flags` name, and a batch. `plain`: with PyTorch's own layers."""
+    """The model for `flags`, and a batch. `plain`: with PyTorch's own layers."""
 
     def __init__(self, flags, device, level="O0", half=None, loss_scale=0.0, plain=False):
         torch.manual_seed(0)
@@ -39,7 +39,7 @@ class Trial:
 
     @cached_property
     def data(self):
-        """CIFAR-10's training batches, without end, and test batches."""
+        """Endless training batches of CIFAR-10, and its test batches."""
         dataset, size = load_dataset("cifar10", self.flags.data_dir), self.flags.train_batch_size
         resizer = Resizer(self.flags.img_size, self.device, self.dtype)
         augmentation = Augmentation(self.flags, resizer, CLASSES)
@@ -47,7 +47,7 @@ class Trial:
         return map(training, count()), TestBatches(dataset, size, resizer, self.device)
 
     def train(self, images, labels, rate=1e-3, factor=1.0):
-        """A step, whose loss is multiplied by `factor`."""
+        """A step, with its loss multiplied by `factor`."""
         with self.precision.autocast():
             loss = self.forward(images, labels)
         self.precision.backward(loss * factor)

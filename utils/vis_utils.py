@@ -25,13 +25,13 @@ SIGNAL_LABELS = {
 
 
 def distinct(labels: list[str], paths) -> list[str]:
-    """The labels of these files' runs; where several are alike, the files' names instead."""
+    """The labels of these files' runs, with file names in place of duplicates."""
     names = [Path(path).stem for path in paths]
     return [name if labels.count(text) > 1 else text for text, name in zip(labels, names)]
 
 
 def _style(axes) -> None:
-    """A pale grid, and no frame above and at the right."""
+    """A pale grid, and no frame at the top and right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
 
@@ -84,8 +84,8 @@ def comparison_figure(curves: list[tuple]) -> Figure:
 def reference_figure(runs: list[tuple], references: list[tuple]) -> Figure:
     """Our test accuracy and test loss as points on the reference's curves, one color a label.
 
-    runs, references: (label, steps, loss, accuracy in [0, 1]) each; the curves are shown as far as
-    five times the last step of ours.
+    runs, references: (label, steps, loss, accuracy in [0, 1]) each; the curves are shown up to
+    five times our last step.
     """
     last = 5 * max(steps[-1] for _, steps, _, _ in runs)
     figure = Figure(figsize=(10, 4.3), layout="constrained")
@@ -116,7 +116,7 @@ def stacked_figure(paths: list[Path]) -> Figure:
     for path in paths:
         try:
             pictures.append(imread(path))
-        except (OSError, SyntaxError) as error:  # PIL's for what is no picture
+        except (OSError, SyntaxError) as error:  # PIL's, for what is not a picture
             raise UserError(f"{path} is no picture that can be read ({error})") from None
     heights = [picture.shape[0] / picture.shape[1] for picture in pictures]
     figure = Figure(figsize=(10, 10 * sum(heights)), layout="none")
@@ -135,7 +135,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def signal_figure(lines: list[tuple]) -> Figure:
-    """Four quantities over the blocks, a panel each; one color a group, one marker a line.
+    """Four quantities over the blocks, a panel each; a color per group, a marker per line.
 
     lines: (label, group, solid, {quantity: one value a block}) of each, dashed if not `solid`.
     The quantities are those of utils/signal_stats.py.
@@ -165,9 +165,9 @@ def signal_figure(lines: list[tuple]) -> Figure:
 
 
 def method_figure(accuracies: dict[str, list], title: str) -> Figure:
-    """Each method's final test accuracy, the best on top: a dot a seed, a bar their mean.
+    """Each method's final test accuracy, the best on top: a dot per seed, a bar for the mean.
 
-    accuracies: method -> accuracies in [0, 1]; without any the method stands at the bottom. The
+    accuracies: method -> accuracies in [0, 1]; methods without any are at the bottom. The
     mean of LN is a line.
     """
     means = {m: 100 * np.mean(values) if values else math.nan for m, values in accuracies.items()}
@@ -192,7 +192,7 @@ def method_figure(accuracies: dict[str, list], title: str) -> Figure:
 
 
 def learning_rate_figure(sweeps: dict[str, dict], title: str) -> Figure:
-    """Validation accuracy over the peak learning rate, a panel a method; LN's line is in each.
+    """Validation accuracy over the peak learning rate, a panel per method; LN's line is in each.
 
     sweeps: method -> {learning rate: accuracy in [0, 1], or None where all runs diverged}.
     """
@@ -266,6 +266,6 @@ def compute_figure(runs: list[tuple], published: list[tuple]) -> Figure:
 
 
 def _baseline(accuracies: dict[str, float]) -> str | None:
-    """LN, of several settings with it the best."""
+    """LN; if several settings have it, the best of them."""
     of_ln = [method for method in accuracies if method.replace(",", " ").split()[0] == "LN"]
     return max(of_ln, key=accuracies.get, default=None)
