@@ -34,7 +34,6 @@ from train import precision_of
 from utils import dist_util
 from utils.args import parse_args
 from utils.flops import highest_memory, training_pflop
-from utils.peer_trial import PeerTrial
 from utils.trial import CLASSES, Trial
 
 MODELS = {"ViT-B_32": (224, 32), "ViT-B_16": (224, 32), "ViT-Ti_4": (32, 128)}  # side, batch
@@ -226,6 +225,8 @@ def make(args, model_type, name):
         flags = parse_args([*flags, "--norm_type", *words])
         trial = Trial(flags, args.device, *precision_of(flags, args.device))
     else:
+        from utils.peer_trial import PeerTrial  # timm is not needed for our own rows
+
         trial = PeerTrial(parse_args(flags), args.device, args.half, words)
     for module in trial.model.modules():
         if isinstance(module, Measuring):

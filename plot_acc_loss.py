@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from utils.data_utils import CLASSES
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log
 from utils.vis_utils import (
@@ -31,7 +32,8 @@ def plot_log(path, out_dir=OUT_DIR) -> Path:
     run = read_log(path)
     if not run.steps:
         raise UserError(f"{path} holds no evaluation")
-    figure = loss_accuracy_figure(run.steps, run.loss, run.accuracy, _label(run))
+    classes = len(CLASSES[run.dataset])
+    figure = loss_accuracy_figure(run.steps, run.loss, run.accuracy, _label(run), classes)
     name = run.norm_type + "_pretrained" * run.pretrained
     return save_figure(figure, Path(out_dir) / f"{name}_loss_acc.png")
 

@@ -1,14 +1,18 @@
 """Turns result logs into Markdown tables and figures.
 
-    python3 results.py output/*.txt                     # prints the tables
-    python3 results.py --update README.md output/*.txt  # writes them between the file's markers
-    python3 results.py --figures img output/*.txt       # draws accuracy_by_*.png
-    python3 results.py --best_rates output/*.txt        # METHOD LEARNING_RATE [NEXT_RATE] lines
+    python3 results.py output/*.txt                # prints the tables
+    python3 results.py --brief output/*.txt        # prints one table, a row a model
+    python3 results.py --update README.md          # writes the file's tables anew, see below
+    python3 results.py --figures img output/*.txt  # draws accuracy_by_*.png
+    python3 results.py --best_rates output/*.txt   # METHOD LEARNING_RATE [NEXT_RATE] lines
 
 Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
 minutes. Other recipes' runs count at the end of their schedule, over seeds; a * marks pretrained
 weights. Runs with --val_split are a sweep: validation accuracy by learning rate. Files that are no
 result logs are passed over.
+
+--update writes tables between lines `<!-- results output/*.txt -->` and `<!-- /results -->`. The
+first names the logs, relative to the file's folder; it may also say --brief.
 """
 
 import argparse
@@ -21,12 +25,14 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from recipes import RECIPES
 from utils.comparison import best_learning_rates, grouped, rates_beyond, settings, split
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
 
-MARKERS = "<!-- results -->", "<!-- /results -->"  # each a line of its own
+BEGIN, END = "<!-- results LOGS -->", "<!-- /results -->"  # each a line of its own
+MARKER = re.compile(r"^(<!-- results .+ -->|<!-- /results -->)(?=\r?$)", re.M)
 # CIFAR-10 from scratch: PFLOP of training, test accuracy. CCT and ViT-Lite, 200 epochs: Hassani et
 # al. 2021, "Escaping the Big Data Paradigm with Compact Transformers". MiniViT, 80 epochs: the
 # repository of tonelli. ViT-B_16: the reference's README, the best of its evaluations.
@@ -48,7 +54,7 @@ def read_logs(paths) -> list[RunLog]:
         except UserError as error:
             faults.append(str(error))
     if not runs:
-        raise UserError("; ".join(faults))
+        raise UserError("; ".join(faults) or "no LOG is given")
     for fault in faults:
         print(f"results.py: passed over: {fault}", file=sys.stderr)
     return runs
@@ -57,9 +63,7 @@ def read_logs(paths) -> list[RunLog]:
 def markdown_tables(runs: list[RunLog]) -> str:
     """All tables, each under its heading."""
     reference, others, sweeps = split(runs)
-    tables = {}
-    for dataset in sorted({run.dataset for run in reference}):
-        tables[dataset] = _reference_table([run for run in reference if run.dataset == dataset])
+    tables = {"Recipe reference": _brief_table(reference)} if reference else {}
     for group, members in grouped(others):
         tables[_heading(group)] = _test_table(members)
     for group, members in grouped(sweeps):
@@ -73,26 +77,33 @@ def _heading(group) -> str:
     return f"{dataset}, recipe {recipe}, {model}, {steps} steps"
 
 
-def _reference_table(runs) -> str:
-    """A row per model, a column per norm type; several runs of one cell stand side by side."""
-    cells = defaultdict(list)
+def _brief_table(runs) -> str:
+    """A row per model and number of steps, a column per norm type."""
+    cells, pflop = defaultdict(list), defaultdict(list)
     for run in runs:
-        row = run.model_type if run.img_size == 224 else f"{run.model_type} at {run.img_size} px"
-        usual = {"qk_norm": "none", "optimizer": "sgd"}
+        recipe, model = run.flags["recipe"], run.model_type + "*" * run.pretrained
+        model += f" at {run.img_size} px" * (run.img_size != 224)
+        row = run.dataset, recipe, model, run.flags.get("num_steps", 0)
+        usual = {"qk_norm": "none", "optimizer": RECIPES[recipe]().optimizer}
         words = [f"{name}={run.flags[name]}" for name in usual if run.flags[name] != usual[name]]
-        words += ["pretrained"] * run.pretrained
         cells[row, " ".join([run.norm_type, *words])].append(_cell(run))
+        pflop[row] += [run.pflop] if run.pflop else []
     rows, columns = (sorted(set(names)) for names in zip(*cells))
     columns.sort(key=lambda name: name.split()[0] != "LN")  # LN, the baseline, comes first
-    body = [[row, *(", ".join(cells[row, column]) for column in columns)] for row in rows]
-    return _markdown(["model", *columns], body)
+    body = []
+    for row in rows:
+        ends = [f"{end(pflop[row], default=0):.2g}" for end in (min, max)]
+        compute = " to ".join(dict.fromkeys(ends)) if pflop[row] else ""
+        body.append([*map(str, row), compute, *(", ".join(cells[row, name]) for name in columns)])
+    return _markdown(["dataset", "recipe", "model", "steps", "PFLOP", *columns], body)
 
 
 def _cell(run: RunLog) -> str:
     """`67.6 (68.5 min)`, or of an unfinished run `31.1 (at step 200 of 20000)`."""
     if not run.steps:
         return "no evaluation"
-    accuracy = f"{100 * run.best_accuracy:.1f}"
+    as_reference = run.flags["recipe"] == "reference"
+    accuracy = f"{100 * (run.best_accuracy if as_reference else run.final_accuracy):.1f}"
     if not run.finished:
         return f"{accuracy} (at step {run.steps[-1]} of {run.flags.get('num_steps', '?')})"
     return accuracy if run.minutes is None else f"{accuracy} ({run.minutes:.1f} min)"
@@ -139,22 +150,35 @@ def _markdown(titles, rows) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def update(path, tables: str) -> None:
-    """Puts `tables` between the MARKERS in the file at `path`. Raises UserError, OSError."""
-    text = Path(path).read_bytes().decode(errors="surrogateescape")
-    begin, end = MARKERS
-    if re.findall(r"^<!-- /?results -->(?=\r?$)", text, re.M) != [begin, end]:
-        raise UserError(f"{path} must hold the line {begin} once and, below it, {end} once")
-    pattern = rf"(?ms)^({begin}\r?\n).*?^(?={end}\r?$)"
-    text = re.sub(pattern, lambda found: f"{found[1]}\n{tables}\n\n", text)
-    target = Path(path).resolve()  # where a link leads
+def update(path) -> None:
+    """Writes the tables of the file at `path` anew. Raises UserError, OSError."""
+    path = Path(path)
+    text = path.read_bytes().decode(errors="surrogateescape")
+    parts = MARKER.split(text)
+    begins, ends = parts[1::4], parts[3::4]
+    if not begins or END in begins or set(ends) != {END} or len(begins) != len(ends):
+        raise UserError(f"{path} must hold the lines {BEGIN} and, below each, {END}")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    for i, begin in enumerate(begins):
+        words = begin.split()[2:-1]
+        patterns = [word for word in words if word != "--brief"]
+        paths = [found for pattern in patterns for found in sorted(path.parent.glob(pattern))]
+        if not paths:
+            raise UserError(f"{path}: no file is called {' or '.join(patterns)}, for {begin}")
+        tables = _tables(read_logs(paths), "--brief" in words)
+        parts[4 * i + 2] = f"\n{tables}\n".replace("\n", newline)
+    target = path.resolve()  # where a link leads
     temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.write_bytes(text.encode(errors="surrogateescape"))
+        temporary.write_bytes("".join(parts).encode(errors="surrogateescape"))
         shutil.copymode(target, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _tables(runs, brief) -> str:
+    return _brief_table(runs) if brief else markdown_tables(runs)
 
 
 def draw(runs: list[RunLog], folder) -> list[Path]:
@@ -215,22 +239,26 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="result logs of training runs")
-    parser.add_argument("--update", metavar="FILE", help="write the tables into FILE")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="result logs of training runs")
+    parser.add_argument("--brief", action="store_true", help="print one table, a row a model")
+    parser.add_argument("--update", metavar="FILE", help="write the tables of FILE anew")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into this folder")
     parser.add_argument("--best_rates", action="store_true", help="print what a sweep chose")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    if args.update:
+        if args.logs:
+            raise UserError(f"--update {args.update}: the file names the logs, not the command")
+        update(args.update)
+        print(args.update)
+        return
     runs = read_logs(args.logs)
     if args.best_rates:
         print(_best_rates(runs))
-    if args.update:
-        update(args.update, markdown_tables(runs))
-        print(args.update)
-    if args.figures:
+    elif args.figures:
         print(*draw(runs, args.figures), sep="\n")
-    if not (args.best_rates or args.update or args.figures):
-        print(markdown_tables(runs))
+    else:
+        print(_tables(runs, args.brief))
 
 
 if __name__ == "__main__":

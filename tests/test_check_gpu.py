@@ -1,11 +1,13 @@
 """check_gpu.py's rehearsal on a CPU, and that it finds what is wrong."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from programs import call, run
 
+import benchmark
 import check_gpu
 from utils.precision import Precision
 
@@ -38,6 +40,25 @@ def test_the_rehearsal(tmp_path):
     words = ["O0", "O1", "O2", "O3", "scale", "--compile", "DDP, processes: 2, gloo", "memory"]
     assert [word in row[0] for word, row in zip(words, found, strict=True)] == [True] * len(words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has_timm", [True, False])
+def test_the_benchmark_s_rows(monkeypatch, tmp_path, has_timm):
+    """Without timm, ours alone. On a CPU it is short, which the start of each contestant is not."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[2:])
+        return SimpleNamespace(stdout="torch 2\nrow fp16  ratio 1.9\n")
+
+    monkeypatch.setattr(check_gpu.subprocess, "run", run)
+    monkeypatch.setattr(check_gpu.importlib.util, "find_spec", lambda _: has_timm or None)
+    for kind, rows in (("cuda", ["step", "fp16"] if has_timm else ["fp16"]), ("cpu", ["fp16"])):
+        args = SimpleNamespace(device=torch.device(kind))
+        assert check_gpu.benchmark(args) == [("benchmark", None, "row fp16  ratio 1.9")]
+        words = commands.pop()
+        assert words[words.index("--rows") + 1 : words.index("--models")] == rows
+        assert call(benchmark.main, *words, "--help").returncode == 0  # benchmark.py has the flags
 
 
 def test_a_wrong_step_is_found(monkeypatch):

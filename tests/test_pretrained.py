@@ -363,6 +363,8 @@ def test_files_of_other_kinds(tmp_path):
     refused(model, other, "'step'")
     torch.save([torch.zeros(2)], other)
     refused(model, other)
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")  # the start of an .onnx file
+    refused(model, tmp_path / "x.onnx")
     refused(model, tmp_path / "no.npz", "auto", "ViT-S_14", "ViT-H_14")
     refused(model, tmp_path)
 

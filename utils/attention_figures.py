@@ -46,7 +46,8 @@ def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) 
     """The image, and copies of it under each map of the attention to its patches.
 
     image: (S, S, 3) in [0, 1]. maps: title -> attention of `to_patches`, a square number of them.
-    Each map has its own color scale, given above it.
+    Each map has its own color scale, given above it. The highest 3 % share the brightest color: a
+    few patches without an object draw much attention (Darcet et al. 2023).
     """
     figure = Figure(figsize=(2.1 * (len(maps) + 1), 3.1), layout="constrained")
     first, *others = figure.subplots(1, len(maps) + 1)
@@ -59,8 +60,10 @@ def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) 
         )  # pale, so as not to hide the map
         grid = patches.reshape(math.isqrt(len(patches)), -1)
         extent = (-0.5, edge, edge, -0.5)
-        axes.imshow(grid, cmap="inferno", alpha=0.6, interpolation="bilinear", extent=extent)
-        axes.set_title(f"{name}\n{100 * grid.min():.2g} to {100 * grid.max():.2g}%")
+        top = np.quantile(grid, 0.97)
+        style = {"cmap": "inferno", "alpha": 0.6, "interpolation": "bilinear"}
+        axes.imshow(grid, vmax=top, extent=extent, **style)
+        axes.set_title(f"{name}\n{100 * grid.min():.2g} to {100 * top:.2g}%")
     for axes in (first, *others):
         axes.set_axis_off()
     whose = "the class token's" if class_token else "all tokens' mean"

@@ -41,18 +41,24 @@ def _marker(steps) -> str | None:
     return "." if len(steps) <= 20 else None
 
 
-def loss_accuracy_figure(steps, loss, accuracy, title: str) -> Figure:
-    """Test loss (left axis) and test accuracy (right, given in [0, 1]) over optimizer steps."""
+def loss_accuracy_figure(steps, loss, accuracy, title: str, classes: int) -> Figure:
+    """Test loss (left axis) and test accuracy (right, given in [0, 1]) over optimizer steps.
+
+    The axes are the same for all runs on a dataset: accuracy up to 100 %, and loss up to a tenth
+    above that of a guess among the `classes`, unless it is higher.
+    """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     loss_axes = figure.add_subplot()
     loss_axes.set(title=title, xlabel="optimizer step")
     loss_axes.grid(axis="x", alpha=0.3)
     percent = 100 * np.asarray(accuracy)
-    for axes, values, label, color in (
-        (loss_axes, loss, LOSS_LABEL, "tab:red"),
-        (loss_axes.twinx(), percent, ACCURACY_LABEL, "tab:blue"),
+    highest = 1.1 * max(math.log(classes), *(value for value in loss if math.isfinite(value)))
+    for axes, values, label, color, top in (
+        (loss_axes, loss, LOSS_LABEL, VERMILION, highest),
+        (loss_axes.twinx(), percent, ACCURACY_LABEL, BLUE, 100),
     ):
         axes.plot(steps, values, color=color, marker=_marker(steps))
+        axes.set_ylim(0, top)
         axes.set_ylabel(label, color=color)
         axes.tick_params(axis="y", colors=color)
         axes.spines["top"].set_visible(False)
