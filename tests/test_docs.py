@@ -56,6 +56,10 @@ def commands(page):
                 yield list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
 
 
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
+
+
 # ---------------------------------------------------------------- names
 
 
