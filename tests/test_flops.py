@@ -29,7 +29,7 @@ def per_image(*flags, model_type="ViT-64x4_4", img_size=32, steps=4, images=16, 
     command = f"--name x --recipe small --model_type {model_type} --img_size {img_size}"
     command += f" --norm_type {norm_type} --num_steps {steps} --train_batch_size {images}"
     crop = ["crop=resized"] if img_size != 32 else []
-    args = parse_args([*command.split(), "--set", "flip=True", *crop, *flags])
+    args = parse_args([*command.split(), "--set", "zero_head=False", *crop, *flags])
     return training_pflop(args, CLASSES) * 1e15 / (steps * images)
 
 

@@ -171,6 +171,7 @@ MISTAKES = [  # the line, and what the error must name
     ("--amp_backend apex --set ema=0.9", ["--amp_backend", "ema=0"]),
     ("--amp_backend apex --set optimizer=adamw", ["--amp_backend", "optimizer=sgd"]),
     ("--set position_resize=bicubic", ["position_resize", "without --pretrained_dir"]),
+    ("--recipe small --set pool=token", ["pool=token", "zero_head", "zero_branches"]),
     ("--qk_norm l2", ["--qk_norm", "'l2'", "rms"]),
 ]
 
