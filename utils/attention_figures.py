@@ -68,7 +68,7 @@ def patches_figure(image: np.ndarray, maps: dict, title: str, class_token=True) 
         axes.set_axis_off()
     whose = "the class token's" if class_token else "all tokens' mean"
     figure.supxlabel(
-        f"{whose} attention to each patch, from the least (dark) to the most (bright)",
+        f"{whose} attention to each patch: dark the least, bright the highest 3%",
         fontsize="medium",
     )
     return figure
