@@ -175,6 +175,8 @@ class VisionTransformer(nn.Module):
             zero(self.head)
         if prepare := NORM_TYPES[norm_type].prepare:
             prepare(self)
+        if config.classifier == "token" and (config.zero_head or config.zero_branches):
+            nn.init.normal_(self.transformer.embeddings.cls_token, std=0.02)  # zeros would stay
 
     def forward(self, x, labels=None):
         x = self.transformer(x)  #                                  (B, N or 1, D)

@@ -197,14 +197,24 @@ class SpectralScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(1))
         self.register_buffer("u", torch.zeros_like(weight[0].flatten()))
-        self.start_from(weight)
+        self.keep(weight)
 
     @torch.no_grad()
-    def start_from(self, weight):
+    def keep(self, weight):
         """Set g and u so that `weight` stays as it is."""
         _, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
         self.gamma.copy_(s[:1])
         self.u.copy_(vh[0])
+
+    @torch.no_grad()
+    def start_from(self, weight):
+        """As `keep`; but one of zeros, which has no direction, is drawn anew with g = 0."""
+        is_zero = not weight.any()
+        if is_zero:
+            nn.init.trunc_normal_(weight, std=0.02)
+        self.keep(weight)
+        if is_zero:
+            self.gamma.zero_()
 
     def forward(self, weight):
         with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False):

@@ -46,9 +46,10 @@ def load_pretrained(model, file, position_resize="auto"):
     has_head, own_classes = names["head.bias"] in arrays, len(state["head.bias"])
     classes = arrays[names["head.bias"]].size if has_head else 0
     if model.zero_head or classes != own_classes:
-        ours = {key: torch.zeros_like(state[key]) for key in HEAD}
-        for key in HEAD:
-            arrays.pop(names[key], None)
+        ours = {key: torch.zeros_like(state[key]) for key in state if _weight(key) in HEAD}
+        for key in state:
+            if key.startswith("head."):
+                arrays.pop(names[key], None)
         theirs = f"Left out: head of {classes} classes" if has_head else "No head in the file"
         lines.append(f"{theirs}; ours, of {own_classes}, starts at zero")
     gains = [key for key in state if key.endswith(GAIN) and names[key] not in arrays]
@@ -116,7 +117,7 @@ def _check_names(file, names, arrays, may_lack_head):
         name
         for key, name in names.items()
         if name not in arrays
-        and not (may_lack_head and key in HEAD)
+        and not (may_lack_head and _weight(key) in HEAD)
         and (_role(key) in roles or (google_name(key) and "_norm." not in key))
     ]
     if missing:

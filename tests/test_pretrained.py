@@ -210,20 +210,43 @@ def test_position_embeddings_are_scipys(google, grid):
     np.testing.assert_array_equal(found[0], positions[0])
 
 
+@pytest.mark.parametrize("norm_type", ["LN", "SigmaReparam"])
 @pytest.mark.parametrize(
     ("zero_head", "classes", "loads"), [(False, 10, True), (True, 10, False), (False, 100, False)]
 )
-def test_head(google, zero_head, classes, loads):
-    """Of the file's size it loads; `zero_head` and another size start at zero."""
+def test_head(google, zero_head, classes, loads, norm_type):
+    """Of the file's size it loads; `zero_head` and another size start at zero, and learn."""
     arrays, file = google
-    model = model_of(classes=classes)
+    model = model_of(norm_type, classes=classes)
     model.zero_head = zero_head
     load_pretrained(model, file)
     kernel, bias = arrays["head/kernel"], arrays["head/bias"]
     if not loads:
         kernel, bias = np.zeros((D, classes)), np.zeros(classes)
-    np.testing.assert_array_equal(model.head.weight.detach().numpy().T, kernel)
+    np.testing.assert_allclose(model.head.weight.detach().numpy().T, kernel, rtol=1e-5)
     np.testing.assert_array_equal(model.head.bias.detach().numpy(), bias)
+    model(torch.randn(2, 3, GRID * PATCH, GRID * PATCH), torch.arange(2)).backward()
+    assert any(p.grad.abs().max() > 0 for p in model.head.parameters() if p.numel() != classes)
+
+
+def test_weights_of_zeros_into_reparametrized_ones(tmp_path):
+    """Such as `zero_branches` leaves at the start: they stay zeros, and can be learned."""
+    source, model = model_of("LN"), model_of("SigmaReparam")
+    state = {k: 0 * v if "attn.out" in k else v for k, v in random_state(source).items()}
+    torch.save(state, tmp_path / "x.bin")
+    load_pretrained(model, tmp_path / "x.bin")
+    out = model.transformer.encoder.layer[0].attn.out
+    assert out.weight.abs().max() == 0
+    out(torch.ones(1, out.in_features)).sum().backward()
+    gamma = out.parametrizations.weight[0].gamma
+    assert gamma.grad.isfinite() and gamma.grad != 0
+
+
+def test_a_reparametrized_head_of_another_size(tmp_path):
+    torch.save(random_state(model_of("SigmaReparam", classes=7)), tmp_path / "x.bin")
+    model = model_of("SigmaReparam")
+    load_pretrained(model, tmp_path / "x.bin")
+    assert model.head.weight.abs().max() == 0 and model.head.parametrizations.weight.original.any()
 
 
 # ---------------------------------------------------------------- checkpoints

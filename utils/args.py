@@ -88,9 +88,9 @@ ENTRIES = {
     "optimizer": _choice(*OPTIMIZERS),
     "momentum": _decay,
     "betas": _betas,
-    "adamw_factor": _number(float, 0),
+    "adamw_factor": _number(float, 0, low_allowed=False),
     "decay_all": _yes_no,
-    "head_factor": _number(float, 0),
+    "head_factor": _number(float, 0, low_allowed=False),
     "ema": _decay,
     "crop": _choice("resized", "shift"),
     "smallest_crop": _number(float, 0, 1, low_allowed=False),
@@ -223,8 +223,6 @@ def parse_args(argv=None):
             f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
             f" {args.fp16_opt_level}: O1 and O2 scale the loss"
         )
-    if args.pool == "token" and args.zero_head and args.zero_branches:
-        parser.error("argument --set: pool=token is not allowed with zero_head and zero_branches")
     if args.val_split >= TRAIN_IMAGES[args.dataset]:
         parser.error(
             f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
