@@ -12,7 +12,8 @@ def reference():
 
         python3 train.py --name cifar10-100_500 --norm_type LN --fp16
 
-    251 PFLOP for 20,000 steps. Its best run from scratch reached 69.7 % on CIFAR-10.
+    251 PFLOP for 20,000 steps. The reference's best run from scratch reached 69.7 % on CIFAR-10, in
+    171 minutes on an RTX 3090.
     """
     return ConfigDict(
         {

@@ -41,7 +41,7 @@ PUBLISHED = [
     ("CCT-4/3x2", 2.8, 0.9145),
     ("ViT-Lite-7/4", 14.3, 0.9138),
     ("MiniViT (tonelli)", 3.0, 0.8218),
-    ("ViT-B_16 (reference)", 251, 0.697),
+    ("ViT-B_16 (reference)", 269, 0.697),
 ]
 
 
@@ -209,7 +209,8 @@ def draw(runs: list[RunLog], folder) -> list[Path]:
         figures["accuracy_by_compute"] = compute_figure(points, PUBLISHED)
     if not figures:
         raise UserError("no log holds anything to draw")
-    return [save_figure(figures[name], Path(folder) / f"{name}.png") for name in figures]
+    paths = {name: Path(folder) / f"{name.replace(' ', '_')}.png" for name in figures}
+    return [save_figure(figures[name], path) for name, path in paths.items()]
 
 
 def _suffixed(runs):

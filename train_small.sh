@@ -8,14 +8,15 @@
 # evaluated on the test images. Flags are passed on to every training.
 # What is finished is skipped, and what is not goes on from its checkpoint. Diverged runs count as
 # failed, and stay in the tables. NORMS, RATES, SEEDS, HELD_OUT, RECIPE, DATASET and PYTHON replace
-# what is below. To use two cores well, run it twice at once, with OMP_NUM_THREADS=1 and half of
-# NORMS each.
+# what is below. With other flags or held-out images than before, give the sweep a NAME of its own.
+# To use two cores well, run it twice at once, with OMP_NUM_THREADS=1 and half of NORMS each.
 set -eu
 
 # shellcheck source=utils/sweep.sh
 . "$(dirname "$0")/utils/sweep.sh"
-dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} rates=rates seeds=seeds
-[ "$recipe" = bench ] || rates=rates_$recipe seeds=seeds_$recipe
+dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} name=${NAME-}
+[ "$recipe" = bench ] || name=${NAME-$recipe}
+rates=rates${name:+_$name} seeds=seeds${name:+_$name} without=
 python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
@@ -23,7 +24,9 @@ norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
 best() {  # a norm type's best learning rate, and the next one if it is the lowest or highest tried
     logs=output/${dataset}_*_norm_$1_*_$rates[,.]*txt
     # shellcheck disable=SC2086  # a pattern of file names
-    "$python" "$here/results.py" --best_rates $logs | cut -d " " -f 2-
+    lines=$("$python" "$here/results.py" --best_rates $logs) || return 1
+    [ "$(echo "$lines" | wc -l)" = 1 ] || return 1
+    echo "$lines" | cut -d " " -f 2-
 }
 
 try_rate() {
@@ -37,13 +40,15 @@ for norm in $norms; do
     done
     [ -z "${RATES-}" ] || continue
     for _ in 1 2 3; do
-        rate=$(best "$norm" | cut -s -d " " -f 2)
+        rate=$(best "$norm") || break
+        rate=$(echo "$rate" | cut -s -d " " -f 2)
         [ -z "$rate" ] || try_rate "$@"
     done
 done
 
 for norm in $norms; do
-    rate=$(best "$norm" | cut -d " " -f 1)
+    rate=$(best "$norm") || without="$without $norm"
+    rate=$(echo "$rate" | cut -d " " -f 1)
     for seed in ${SEEDS:-42 43 44}; do
         [ -z "$rate" ] || train --name $seeds --dataset "$dataset" --recipe "$recipe" \
             --norm_type "$norm" --learning_rate "$rate" --seed "$seed" --resume "$@"
@@ -51,4 +56,5 @@ for norm in $norms; do
 done
 
 echo "$0: $failed of $count trainings failed"
-[ $failed = 0 ]
+[ -z "$without" ] || echo "$0: no best learning rate, or those of several sweeps (NAME):$without" >&2
+[ $failed = 0 ] && [ -z "$without" ]

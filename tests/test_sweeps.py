@@ -211,3 +211,22 @@ case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
     assert sorted(rates) == [f"{rate}.txt" for rate in tried]
     assert [path.name for path in tmp_path.glob("output/seeds*")] == ["seeds_0.08.txt"]
     assert printed.splitlines()[-1].endswith("0 of 8 trainings failed")
+
+
+def test_the_bench_beside_another_sweep(tmp_path):
+    """Runs of the same name with other flags leave the best rate open: said, and no seed is run."""
+    flags = "--num_steps 12 --warmup_steps 2 --train_batch_size 16 --eval_every 12"
+    words = {"NORMS": "RMS", "RATES": "0.02", "SEEDS": "1", "HELD_OUT": "300", "DATASET": "digits"}
+    for more, name, status, text in (
+        ("", "", 0, ""),
+        ("--train_batch_size 8", "", 1, "several sweeps (NAME): RMS\n"),
+        ("--train_batch_size 8", "eight", 0, ""),
+    ):
+        more_words = words | {"NAME": name} if name else words
+        errors, printed, outcome = sweep(
+            "train_small.sh", tmp_path, f"{flags} {more}", **more_words
+        )
+        assert (outcome, text in errors) == (status, True), errors
+        assert "0 of 1 trainings" in printed if status else "0 of 2 trainings" in printed
+    names = sorted(read_log(path).flags["name"] for path in tmp_path.glob("output/*.txt"))
+    assert names == ["rates", "rates", "rates_eight", "seeds", "seeds_eight"]
