@@ -214,8 +214,11 @@ def draw(runs: list[RunLog], folder) -> list[Path]:
 
 
 def _suffixed(runs):
-    """(heading, its runs, suffix) of each group; the suffix is what the groups differ in."""
-    groups = grouped(runs)
+    """(heading, its runs, suffix) of each group of three methods or more, which can be compared.
+
+    The suffix is what the groups differ in.
+    """
+    groups = [(g, runs) for g, runs in grouped(runs) if len({s.method for s in settings(runs)}) > 2]
     differing = [i for i in range(4) if len({group[i] for group, _ in groups}) > 1]
     return [(_heading(g), runs, "".join(f"_{g[i]}" for i in differing)) for g, runs in groups]
 

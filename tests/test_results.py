@@ -384,11 +384,13 @@ def test_figure_of_compute(tmp_path, log, figures):
     }
     assert axes.get_xscale() == "log" and "PFLOP" in axes.get_xlabel()
     assert {text.get_text() for text in axes.texts} == {name for name, *_ in results.PUBLISHED}
-    # Groups have figures of their own, named by what they differ in.
-    assert {name for name in figures if "method" in name} == {
-        "accuracy_by_method_cifar100_200",
+    # Groups of three methods have figures of their own, named by what they differ in.
+    assert [name for name in figures if "method" in name] == ["accuracy_by_method"]
+    logs += [log(norm, 0.6, dataset="cifar100", num_steps=9) for norm in ("LN", "BN", "GN")]
+    table("--figures", tmp_path, *logs)
+    assert {name for name in figures if "method_" in name} == {
+        "accuracy_by_method_cifar100_9",
         "accuracy_by_method_cifar10_200",
-        "accuracy_by_method_cifar10_400",
     }
 
 
