@@ -153,7 +153,7 @@ def finetune():
         python3 train.py --name tuned --recipe finetune --norm_type LN --pretrained_dir auto --fp16
 
     0.5 PFLOP, 25 minutes on one core of an AMD EPYC (Zen 5, with bf16 units). From pretrained
-    weights LN reached 95.5 % on CIFAR-10 and 83.9 % on CIFAR-100.
+    weights LN reached 95.5 % on CIFAR-10 and 83.9 % on CIFAR-100; from scratch 47.3 % and 19.2 %.
     """
     recipe = reference()
     del recipe.momentum
