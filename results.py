@@ -9,7 +9,7 @@
 Runs of the reference's recipe are shown as the reference published its own: best test accuracy and
 minutes. Other recipes' runs count at the end of their schedule, over seeds; a * marks pretrained
 weights. Runs with --val_split are a sweep: validation accuracy by learning rate. Files that are no
-result logs are passed over.
+result logs are passed over. A .csv file holds published results, like docs/reference_results.csv.
 
 --update writes tables between lines `<!-- results output/*.txt -->` and `<!-- /results -->`. The
 first names the logs, relative to the file's folder; it may also say --brief.
@@ -28,7 +28,7 @@ from statistics import mean, stdev
 from recipes import RECIPES
 from utils.comparison import best_learning_rates, grouped, rates_beyond, settings, split
 from utils.errors import UserError, reported
-from utils.log_reader import RunLog, read_log
+from utils.log_reader import RunLog, read_log, read_published
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
 
 BEGIN, END = "<!-- results LOGS -->", "<!-- /results -->"  # each a line of its own
@@ -50,7 +50,7 @@ def read_logs(paths) -> list[RunLog]:
     runs, faults = [], []
     for path in paths:
         try:
-            runs.append(read_log(path))
+            runs += read_published(path) if str(path).endswith(".csv") else [read_log(path)]
         except UserError as error:
             faults.append(str(error))
     if not runs:
@@ -84,7 +84,8 @@ def _brief_table(runs) -> str:
         recipe, model = run.flags["recipe"], run.model_type + "*" * run.pretrained
         model += f" at {run.img_size} px" * (run.img_size != 224)
         row = run.dataset, recipe, model, run.flags.get("num_steps", 0)
-        usual = {"qk_norm": "none", "optimizer": RECIPES[recipe]().optimizer}
+        own = RECIPES[recipe]().optimizer if recipe in RECIPES else run.flags["optimizer"]
+        usual = {"qk_norm": "none", "optimizer": own}
         words = [f"{name}={run.flags[name]}" for name in usual if run.flags[name] != usual[name]]
         cells[row, " ".join([run.norm_type, *words])].append(_cell(run))
         pflop[row] += [run.pflop] if run.pflop else []

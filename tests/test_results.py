@@ -157,6 +157,30 @@ def test_other_recipes_count_at_their_end_over_seeds(log):
     ]
 
 
+def test_published_results_beside_ours(tmp_path, log):
+    """What the reference published; where its own table is at hand, the file has the same rows."""
+    ours, path = log("LN", 0.7), ROOT / "docs" / "reference_results.csv"
+    assert [row for row in table("--brief", path, ours) if "ViT-B_32" in row or "64x4" in row] == [
+        "| cifar10 | published | ViT-B_32 | 20000 |  | 67.6 (68.5 min) | 67.1 (68.6 min) |"
+        " 65.5 (73.0 min) | 66.1 (66.7 min) |",
+        "| cifar10 | published | ViT-B_32* | 20000 |  | 98.4 (67.7 min) |  |  |  |",
+        "| cifar10 | small | ViT-64x4_4 at 32 px | 200 | 0.012 | 70.0 (12.3 min) |  |  |  |",
+        "| cifar100 | published | ViT-B_32 | 20000 |  | 42.8 (68.4 min) | 39.9 (68.7 min) |"
+        " 40.0 (73.1 min) | 37.8 (67.5 min) |",
+        "| cifar100 | published | ViT-B_32* | 20000 |  | 91.0 (65.6 min) |  |  |  |",
+    ]
+    if folder := os.environ.get("RESCALEVIT_REFERENCE"):
+        theirs = Path(folder).parent / "results.csv"
+        assert path.read_text().splitlines() == theirs.read_text().splitlines()
+
+
+def test_a_damaged_table_of_published_results(tmp_path):
+    path = tmp_path / "x.csv"
+    for text in ("dataset,model\ncifar10,ViT-B_16\n", "a\n1\n"):
+        path.write_text(text)
+        refused(call(results.main, "--brief", path), path, program="results.py")
+
+
 def test_a_star_marks_pretrained_weights(log):
     logs = [log("LN", 0.5), log("LN", 0.9, pretrained_dir="auto"), log("BN", 0.4)]
     methods = [row.split(" | ")[0] for row in table(*logs)[4:]]
@@ -428,10 +452,14 @@ def test_the_program_on_the_logs_of_this_repository(tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_the_tables_of_this_repository_are_those_of_its_logs(tmp_path, page):
     listed = subprocess.run(
-        ["git", "ls-files", page, "output"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", page, "output", "docs/*.csv"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     for name in listed.stdout.splitlines():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     table("--update", tmp_path / page)
     assert (tmp_path / page).read_text() == (ROOT / page).read_text()

@@ -5,6 +5,8 @@ lines. One that starts with "Process rank" opens a run, and a log may hold sever
 """
 
 import ast
+import csv
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,6 +111,46 @@ def read_log(path) -> RunLog:
         # What utils/divergence.py logs last.
         diverged=not finished and "\nTraining images of the step:" in run,
     )
+
+
+def read_published(path) -> list[RunLog]:
+    """The results in a CSV file such as docs/reference_results.csv, as runs of 20,000 steps.
+
+    Raises UserError if it is none.
+    """
+    runs = []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        try:
+            accuracy, minutes = float(row["best_accuracy_percent"]) / 100, float(row["minutes"])
+            dataset, model, norm, pretrained = (
+                row[name] for name in ("dataset", "model", "norm", "pretrained")
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no table of results: {error}") from None
+        run = RunLog(
+            path=Path(path),
+            dataset=dataset,
+            model_type=model,
+            norm_type=norm,
+            img_size=224,
+            pretrained=pretrained == "T",
+            flags=OLDER | {"recipe": "published", "num_steps": 20000},
+            steps=[20000],
+            loss=[math.nan],
+            accuracy=[accuracy],
+            total_parameters=None,
+            pflop=None,
+            images_per_s=None,
+            best_accuracy=accuracy,
+            final_accuracy=accuracy,
+            minutes=minutes,
+            finished=True,
+            diverged=False,
+        )
+        runs.append(run)
+    return runs
 
 
 def is_finished(path) -> bool:
