@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import DIM, randomized, tokens, variant
 from small import batch, small_config
-from test_norm_layers import DIM, randomized, tokens, variant
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 from models.configs import CONFIGS
 from models.embeddings import Embeddings, sincos_positions
+from models.fast_cpu import accelerate
 from models.modeling import Attention, Mlp
 from models.norms import NORM_TYPES, QK_NORMS
 
@@ -96,6 +97,19 @@ def test_sincos_positions_of_all_sizes():
     """Truth: as many channels as the size has."""
     for config in CONFIGS.values():
         assert sincos_positions(2, config.hidden_size).shape[-1] == config.hidden_size
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_hook_on_the_patches_sees_them(accelerated):
+    model, seen = variant(), []
+    if accelerated:
+        accelerate(model)
+    patches = model.transformer.embeddings.patch_embeddings
+    patches.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    images, _ = batch()
+    model.eval()(images)
+    expected = F.conv2d(images, patches.weight, patches.bias, stride=8)
+    torch.testing.assert_close(seen, [expected])
 
 
 # ---------------------------------------------------------------- zeros

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from formulas import DIM, assert_formula, named, randomized, tokens, variant, written
 from programs import DATA, needs_cifar10
 from small import batch, small_config, small_model
-from test_norm_layers import DIM, assert_formula, named, randomized, tokens, variant, written
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from formulas import randomized, variant
 from small import NoSynchronization, batch, sgd, small_model
-from test_norm_layers import randomized, variant
 
 from models.fast_cpu import accelerate
 from models.norm_blocks import PreNorm
