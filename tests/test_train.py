@@ -488,7 +488,7 @@ def test_results_into_a_closed_pipe(tmp_path):
     logs = "$(yes log.txt | head -n 3000)"
     command = f"'{sys.executable}' '{ROOT / 'results.py'}' {logs} | head -n 1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("### digits\n", "")
+    assert (done.stdout, done.stderr) == ("### Recipe reference\n", "")
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone of the repository")
