@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
+from glob import glob
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -78,7 +79,10 @@ def _heading(group) -> str:
 
 
 def _brief_table(runs) -> str:
-    """A row per model and number of steps, a column per norm type."""
+    """A row per model and number of steps, a column per norm type; not for held-out images."""
+    runs = [run for run in runs if not run.flags["val_split"]]
+    if not runs:
+        raise UserError("--brief: no log is of a run that was evaluated on the test images")
     cells, pflop = defaultdict(list), defaultdict(list)
     for run in runs:
         recipe, model = run.flags["recipe"], run.model_type + "*" * run.pretrained
@@ -163,7 +167,8 @@ def update(path) -> None:
     for i, begin in enumerate(begins):
         words = begin.split()[2:-1]
         patterns = [word for word in words if word != "--brief"]
-        paths = [found for pattern in patterns for found in sorted(path.parent.glob(pattern))]
+        found = (sorted(glob(pattern, root_dir=path.parent)) for pattern in patterns)
+        paths = [path.parent / name for names in found for name in names]
         if not paths:
             raise UserError(f"{path}: no file is called {' or '.join(patterns)}, for {begin}")
         tables = _tables(read_logs(paths), "--brief" in words)
@@ -260,9 +265,9 @@ def main():
     runs = read_logs(args.logs)
     if args.best_rates:
         print(_best_rates(runs))
-    elif args.figures:
+    if args.figures:
         print(*draw(runs, args.figures), sep="\n")
-    else:
+    if not (args.best_rates or args.figures):
         print(_tables(runs, args.brief))
 
 

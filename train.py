@@ -112,7 +112,7 @@ def train(args, files, device, stop):
             run["best_accuracy"] = 0.0
     if args.fp16 and args.half_dtype == "auto" and half_dtype is None:
         notes.append("--fp16 computes in fp32 here: no bf16 units; --half_dtype bf16 insists")
-    if args.warmup_steps >= args.num_steps:
+    if args.warmup_steps > args.num_steps:
         notes.append(f"The warmup of {args.warmup_steps} steps is longer than the run")
     if args.overwrite and dist_util.is_main():  # only now, with all that the new run needs loaded
         for path in files.checkpoints():

@@ -14,9 +14,9 @@ set -eu
 
 # shellcheck source=utils/sweep.sh
 . "$(dirname "$0")/utils/sweep.sh"
-dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} name=${NAME-}
-[ "$recipe" = bench ] || name=${NAME-$recipe}
-rates=rates${name:+_$name} seeds=seeds${name:+_$name} without=
+dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} name=${NAME:-${RECIPE:-bench}}
+rates=rates seeds=seeds without=
+[ "$name" = bench ] || rates=rates_$name seeds=seeds_$name
 python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}

@@ -208,13 +208,12 @@ class SpectralScale(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight):
-        """As `keep`; but one of zeros, which has no direction, is drawn anew with g = 0."""
-        is_zero = not weight.any()
-        if is_zero:
-            nn.init.trunc_normal_(weight, std=0.02)
+        """As `keep`; but a weight of zeros, which has no direction, is drawn anew, with g = 0."""
+        if weight.any():
+            return self.keep(weight)
+        nn.init.trunc_normal_(weight, std=0.02)
         self.keep(weight)
-        if is_zero:
-            self.gamma.zero_()
+        self.gamma.zero_()
 
     def forward(self, weight):
         with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False):

@@ -118,7 +118,8 @@ def test_brief(log):
     logs = [log("LN", 0.6), log("LN", 0.61, seed=2), log("LN", 0.62, pretrained_dir="auto")]
     logs += [log("BN", 0.5, num_steps=40), log("BN", None), log("GN", 0.4, optimizer="adamw")]
     logs[3].write_text(logs[3].read_text().replace("0.012345 PFLOP", "0.05 PFLOP"))
-    logs += [log("LN", 0.3, num_steps=40)]
+    logs += [log("LN", 0.3, num_steps=40), held_out := log("LN", 0.9, val_split=5000)]
+    refused(call(results.main, "--brief", held_out), "--brief", program="results.py")
     assert table("--brief", *logs) == [
         "| dataset | recipe | model | steps | PFLOP | LN | BN | GN optimizer=adamw |",
         "|---|---|---|---|---|---|---|---|",
@@ -176,7 +177,7 @@ def test_published_results_beside_ours(tmp_path, log):
 
 def test_a_damaged_table_of_published_results(tmp_path):
     path = tmp_path / "x.csv"
-    for text in ("dataset,model\ncifar10,ViT-B_16\n", "a\n1\n"):
+    for text in ("dataset,model\ncifar10,ViT-B_16\n", "a\n1\n", "", "\xff\n1\n"):
         path.write_text(text)
         refused(call(results.main, "--brief", path), path, program="results.py")
 

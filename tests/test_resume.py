@@ -196,6 +196,7 @@ def test_signal_finishes_the_step_and_saves(forks, reference, tmp_path, name, st
     done = forks.run(RESUME, tmp_path, IN_STEP.format(f"4, {stop}"), check=False)
     assert done.returncode == status
     assert done.output.endswith(f"Stopped by {name} after step 4 of 16; --resume continues\n")
+    assert f"{name}: stops after this step" in done.output
     assert steps(tmp_path) == [3, 4]
     forks.run(RESUME, tmp_path)
     assert_same(tmp_path, reference())

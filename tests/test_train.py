@@ -390,6 +390,13 @@ def test_existing_run_is_not_overwritten(forks, finished, tmp_path):
     assert log.name in done.output
 
 
+@pytest.mark.parametrize("steps", ["2", "3"])
+def test_a_warmup_longer_than_the_run_is_noted(forks, tmp_path, steps):
+    done = forks.run([*LEARN, "--num_steps", "2", "--warmup_steps", steps], tmp_path)
+    text = "The warmup of 3 steps is longer than the run\n"
+    assert done.output.count(text) == (steps == "3")
+
+
 def test_on_a_processor_without_bf16_units(finished, tmp_path):
     """There --fp16 trains in fp32, and a run from elsewhere goes on; the log tells of both."""
     folder = shutil.copytree(finished[0], tmp_path / "here")

@@ -118,39 +118,39 @@ def read_published(path) -> list[RunLog]:
 
     Raises UserError if it is none.
     """
-    runs = []
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        try:
-            accuracy, minutes = float(row["best_accuracy_percent"]) / 100, float(row["minutes"])
-            dataset, model, norm, pretrained = (
-                row[name] for name in ("dataset", "model", "norm", "pretrained")
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no table of results: {error}") from None
-        run = RunLog(
-            path=Path(path),
-            dataset=dataset,
-            model_type=model,
-            norm_type=norm,
-            img_size=224,
-            pretrained=pretrained == "T",
-            flags=OLDER | {"recipe": "published", "num_steps": 20000},
-            steps=[20000],
-            loss=[math.nan],
-            accuracy=[accuracy],
-            total_parameters=None,
-            pflop=None,
-            images_per_s=None,
-            best_accuracy=accuracy,
-            final_accuracy=accuracy,
-            minutes=minutes,
-            finished=True,
-            diverged=False,
-        )
-        runs.append(run)
+    try:
+        runs = [_published(path, row) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no table of results: {error}") from None
+    if not runs:
+        raise UserError(f"{path} is no table of results: it has no rows")
     return runs
+
+
+def _published(path, row) -> RunLog:
+    accuracy = float(row["best_accuracy_percent"]) / 100
+    return RunLog(
+        path=Path(path),
+        dataset=row["dataset"],
+        model_type=row["model"],
+        norm_type=row["norm"],
+        img_size=224,
+        pretrained=row["pretrained"] == "T",
+        flags=OLDER | {"recipe": "published", "num_steps": 20000},
+        steps=[20000],
+        loss=[math.nan],
+        accuracy=[accuracy],
+        total_parameters=None,
+        pflop=None,
+        images_per_s=None,
+        best_accuracy=accuracy,
+        final_accuracy=accuracy,
+        minutes=float(row["minutes"]),
+        finished=True,
+        diverged=False,
+    )
 
 
 def is_finished(path) -> bool:

@@ -31,7 +31,7 @@ class StopSignal:
         self.received, self.time = signal.Signals(number), time.monotonic()
         if not self.began:
             sys.exit(self.exit_status)
-        if dist_util.is_main():  # print might be interrupted in itself
+        if dist_util.is_main():  # no print: the signal may have interrupted one
             text = f"{self.received.name}: stops after this step; a second one stops at once\n"
             os.write(2, text.encode())
 
