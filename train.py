@@ -170,7 +170,7 @@ def train(args, files, device, stop):
             break
 
         if was_read:
-            window_began = time.monotonic()
+            last_read_at = time.monotonic()
         model.train()
         seed_step(args.seed, step)
         forward = compiled if step >= MEASURING_STEPS else parallel
@@ -188,9 +188,9 @@ def train(args, files, device, stop):
         periods = (args.log_every, args.eval_every, args.save_every)
         if stop.now or done == last or any(done % period == 0 for period in periods):
             records = precision.read()
-            window = time.monotonic() - window_began
-            run["seconds_of_training"] += window
-            images_per_s = len(records) * images_per_step / window
+            seconds = time.monotonic() - last_read_at
+            run["seconds_of_training"] += seconds
+            images_per_s = len(records) * images_per_step / seconds
             log.log_steps(done, records, images_per_s)
             check_finite(run, done, records, precision, batches, parts, log, files)
             text = f"loss {records[-1].loss:.4f}, {images_per_s:.0f} images/s"

@@ -90,7 +90,7 @@ class Encoder(nn.Module):
     def __init__(self, config, norm_type, qk_norm="none", vis=False):
         super().__init__()
         dim, depth = config.hidden_size, config.transformer.num_layers
-        block, norm, final_norm, _ = NORM_TYPES[norm_type]
+        block, norm, final_norm, *_ = NORM_TYPES[norm_type]
         self.layer = nn.ModuleList()
         for index in range(depth):
             drop_path = config.transformer.drop_path_rate * index / max(1, depth - 1)
@@ -165,6 +165,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type {norm_type!r} is none of {', '.join(NORM_TYPES)}")
+        self.norm_type = norm_type
         self.num_classes = num_classes
         self.zero_head = zero_head
         self.classifier = config.classifier

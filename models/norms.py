@@ -40,11 +40,12 @@ class NormType(NamedTuple):
     norm: type  # its norm layer, made by `norm(dim)`
     final_norm: type | None = None  # after the last block; None: `norm`
     prepare: Callable | None = None  # called with the whole model, once that is made
+    equals_ln: bool = False  # it computes what LN does, given its weights and gains of 1
 
 
 NORM_TYPES = {
     # Pre-norm, another layer
-    "LN": NormType(PreNorm, LayerNorm),
+    "LN": NormType(PreNorm, LayerNorm, equals_ln=True),
     "BN": NormType(PreNorm, BatchNorm),
     "GN": NormType(PreNorm, GroupNorm),
     "RMS": NormType(PreNorm, RMSNorm),
@@ -60,7 +61,7 @@ NORM_TYPES = {
     "LNS": NormType(LayerNormScaling, LayerNorm),
     "Keel": NormType(Keel, GainOnlyLayerNorm, nn.Identity),
     # Scaled branches
-    "LayerScale": NormType(LayerScale, LayerNorm),
+    "LayerScale": NormType(LayerScale, LayerNorm, equals_ln=True),
     "ReZero": NormType(ReZero, nn.Identity),
     "SkipInit": NormType(SkipInit, nn.Identity),
     "Rescale": NormType(Rescale, AddBias, nn.Identity),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
 from models.google_layout import POSITIONS, from_google, google_name, google_shape
+from models.norms import NORM_TYPES
 from models.weight_files import read_weights
 from utils.errors import UserError
 
@@ -85,6 +86,9 @@ def load_pretrained(model, file, position_resize="auto"):
         lines.append(f"Left out, as the model has none such: {_summary(arrays)}")
     if kept := [key for key in state if key not in new]:
         lines.append(f"Kept at their initial values, as the file has none such: {_summary(kept)}")
+    before, now = weights.norm_type, model.norm_type
+    if before not in (None, now) and not (before == "LN" and NORM_TYPES[now].equals_ln):
+        lines.append(f"These are weights of {before}: {now} computes something else with them")
     return lines
 
 

@@ -23,6 +23,7 @@ class WeightFile:
     """What a file holds, and how to interpret it."""
 
     arrays: dict  # NumPy arrays by name
+    norm_type: str | None = "LN"  # of the model that they are for; None if it is not known
     is_google: bool = False  # names and layouts are Google's; else they are ours
     resize: str = "bilinear"  # of its position embeddings, to another grid
     may_lack_head: bool = False
@@ -50,9 +51,10 @@ def read_weights(file, wanted):
     arrays = {name: _to_numpy(file, name, value) for name, value in values.items()}
     if file.suffix == ".npz":
         resize = str(arrays.pop(RESIZE, "bilinear"))
-        return WeightFile(arrays, True, resize, may_lack_head=resize == "bicubic")
+        may_lack_head = resize == "bicubic"
+        return WeightFile(arrays, is_google=True, resize=resize, may_lack_head=may_lack_head)
     if not is_timm(arrays):
-        return WeightFile(arrays)
+        return WeightFile(arrays, metadata.get("norm_type"))
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)
@@ -68,7 +70,7 @@ def read_weights(file, wanted):
 
 
 def _read(file):
-    """Its arrays or tensors by name, and the metadata that a .safetensors may have."""
+    """Its arrays or tensors by name, and the metadata of a .safetensors or the flags of our run."""
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as npz:
             return {name: np.asarray(npz[name]) for name in npz.files}, {}
@@ -76,9 +78,10 @@ def _read(file):
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, opened.metadata() or {}
-    weights = load_checkpoint(file)["model"]
+    content = load_checkpoint(file)
+    weights, flags = content["model"], content.get("flags", {})
     inner = weights.get("state_dict")  # where some files keep them
-    return inner if isinstance(inner, dict) else weights, {}
+    return inner if isinstance(inner, dict) else weights, flags
 
 
 def _to_numpy(file, name, value):

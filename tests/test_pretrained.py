@@ -26,6 +26,7 @@ DEPTH, GRID = 3, 4  # of the .npz
 ATTENTION = "MultiHeadDotProductAttention_1"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 KEPT = "Kept at their initial values, as the file has none such: "
+MEANINGLESS = "These are weights of {}: {} computes something else with them"
 KEY_KERNEL = f"Transformer/encoderblock_2/{ATTENTION}/key/kernel"
 
 
@@ -152,7 +153,9 @@ def test_every_array_is_accounted_for(google, norm_type, loaded, left_out, kept)
     assert "pre_logits/kernel, pre_logits/bias" in lines[3]
     assert ("encoderblock_*/LayerNorm_0/scale" in lines[3]) == (norm_type == "Rescale")
     assert lines[3].count(",") == left_out  # one of them in the sentence
-    assert len(lines) == 4 + bool(kept)
+    assert len(lines) == 4 + bool(kept) + (norm_type != "LN")
+    if norm_type != "LN":
+        assert lines[-1] == MEANINGLESS.format("LN", norm_type)
     for name in kept:
         assert lines[4].startswith(KEPT) and name in lines[4]
         assert "head" not in lines[4] and "attn" not in lines[4]
@@ -180,7 +183,7 @@ def test_norms_that_google_does_not_name_stay(google, monkeypatch):
     load_pretrained(plain, google[1])
     names = ("attention_norm_after.weight", "attention_norm_after.bias")
     names += ("ffn_norm_after.weight", "ffn_norm_after.bias")
-    assert lines[-1] == KEPT + ", ".join(f"transformer.encoder.layer.*.{name}" for name in names)
+    assert lines[-2] == KEPT + ", ".join(f"transformer.encoder.layer.*.{name}" for name in names)
     expected = plain.state_dict() | added
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -288,6 +291,26 @@ def test_checkpoint_into_every_type(tmp_path, source, target):
         if key != OUR_POSITIONS and ".parametrizations." not in key:
             start = torch.ones_like(value) if key.endswith("_gain") else before[key]
             assert torch.equal(value, state.get(plain(key), start)), key
+
+
+@pytest.mark.parametrize("target", NORM_TYPES)
+@pytest.mark.parametrize("source", ["LN", "LayerScale", "ResPost", "google"])
+def test_weights_without_a_meaning(google, tmp_path, source, target):
+    """The log says so just where the loaded model is another function. Truth: its outputs."""
+    file = google[1] if source == "google" else tmp_path / "checkpoint.bin"
+    original, model = model_of("LN" if source == "google" else source), model_of(target)
+    if source != "google":
+        flags = {"norm_type": source}
+        save_checkpoint({"model": random_state(original), "flags": flags}, file)
+    load_pretrained(original, file)
+    lines = load_pretrained(model, file)
+    images = torch.randn(4, 3, GRID * PATCH, GRID * PATCH)
+    with torch.no_grad():
+        for _ in range(8):  # those that measure their inputs
+            model.train()(images)
+        same = torch.allclose(model.eval()(images)[0], original(images)[0], atol=1e-4)
+    line = MEANINGLESS.format(original.norm_type, target)
+    assert (line in lines) == (not same), (source, target)
 
 
 # ---------------------------------------------------------------- what is refused
