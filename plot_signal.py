@@ -6,8 +6,9 @@
 
 Writes {out_dir}/signal.png: the RMS of each block's output, its gradients' norm, the entropy of its
 attention and the effective rank of its output, as utils/signal_stats.py defines them, on the first
-128 test images. Without arguments: all norm types at their start. Models at their start are those
-of the first checkpoint's flags, where there is one, with the seed its run began with.
+128 test images (for a run with --val_split, held-out ones). Without arguments: all norm types at
+their start. Models at their start are those of the first checkpoint's flags, where there is one,
+with the seed its run began with.
 
 A norm type that measures its first training batches is first run on as many in training mode, 128
 images each, uncropped. The others are taken as constructed: BatchNorm normalizes nothing yet.
@@ -25,7 +26,7 @@ from models.modeling import build_model
 from models.norms import MEASURING_STEPS, NORM_TYPES
 from utils.args import parse_args
 from utils.checkpoint import check_flags, load_model
-from utils.data_utils import load_dataset, resize
+from utils.data_utils import hold_out, load_dataset, resize
 from utils.errors import reported
 from utils.signal_stats import IMAGES, signal_stats
 from utils.vis_utils import distinct, save_figure, signal_figure
@@ -74,17 +75,19 @@ def main():
     for flags in starts:
         check_flags(flags, "--")
 
-    dataset_of = functools.cache(lambda name: load_dataset(name, args.data_dir))
+    @functools.cache
+    def dataset_of(name, val_split):
+        return hold_out(load_dataset(name, args.data_dir), val_split)
 
     def line(label, model, flags, solid):
-        dataset = dataset_of(flags.dataset)
+        dataset = dataset_of(flags.dataset, flags.val_split)
         images = resize(dataset.test_images[:IMAGES], flags.img_size)
         stats = signal_stats(model, images, dataset.test_labels[:IMAGES])
         return label, flags.norm_type, solid, stats
 
     lines = []
     for flags in starts:
-        model = model_at_start(flags, dataset_of(flags.dataset))
+        model = model_at_start(flags, dataset_of(flags.dataset, flags.val_split))
         label = f"{flags.model_type} {flags.norm_type}, at the start"
         lines.append(line(label, model, flags, solid=False))
     labels = [f"{flags.model_type} {flags.norm_type}, trained" for _, _, flags in runs]

@@ -33,6 +33,7 @@ from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_files import RunFiles, result_flags
 from utils.run_logger import RunLogger
 from utils.scheduler import SCHEDULES
+from utils.signal_stats import IMAGES as SIGNAL_IMAGES
 from utils.signal_stats import signal_scalars
 from utils.stop_signal import StopSignal
 
@@ -151,8 +152,9 @@ def train(args, files, device, stop):
                     log.log_evaluation(step, *sizes, loss, run["accuracy"])
                     log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
                     if args.log_signal and dist_util.is_main():
-                        log.attention(step, model, next(iter(test_batches))[0])
-                        log.scalars(step, signal_scalars(model, *next(iter(test_batches))))
+                        images, labels = test_batches.first(SIGNAL_IMAGES)
+                        log.attention(step, model, images)
+                        log.scalars(step, signal_scalars(model, images, labels))
                     if run["accuracy"] > run["best_accuracy"]:
                         run["best_accuracy"] = run["accuracy"]
                         if dist_util.is_main():

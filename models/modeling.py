@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type {norm_type!r} is none of {', '.join(NORM_TYPES)}")
-        self.norm_type = norm_type
+        self.norm_type, self.qk_norm = norm_type, qk_norm
         self.num_classes = num_classes
         self.zero_head = zero_head
         self.classifier = config.classifier

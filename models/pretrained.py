@@ -87,9 +87,15 @@ def load_pretrained(model, file, position_resize="auto"):
     if kept := [key for key in state if key not in new]:
         lines.append(f"Kept at their initial values, as the file has none such: {_summary(kept)}")
     before, now = weights.norm_type, model.norm_type
-    if before not in (None, now) and not (before == "LN" and NORM_TYPES[now].equals_ln):
+    same = before == now or (before == "LN" and NORM_TYPES[now].equals_ln)
+    if before and not (same and weights.qk_norm == model.qk_norm):
+        before, now = _method(before, weights.qk_norm), _method(now, model.qk_norm)
         lines.append(f"These are weights of {before}: {now} computes something else with them")
     return lines
+
+
+def _method(norm_type, qk_norm):
+    return norm_type if qk_norm == "none" else f"{norm_type} with qk_norm {qk_norm}"
 
 
 def _plain(key):

@@ -24,6 +24,7 @@ class WeightFile:
 
     arrays: dict  # NumPy arrays by name
     norm_type: str | None = "LN"  # of the model that they are for; None if it is not known
+    qk_norm: str = "none"
     is_google: bool = False  # names and layouts are Google's; else they are ours
     resize: str = "bilinear"  # of its position embeddings, to another grid
     may_lack_head: bool = False
@@ -54,7 +55,7 @@ def read_weights(file, wanted):
         may_lack_head = resize == "bicubic"
         return WeightFile(arrays, is_google=True, resize=resize, may_lack_head=may_lack_head)
     if not is_timm(arrays):
-        return WeightFile(arrays, metadata.get("norm_type"))
+        return WeightFile(arrays, metadata.get("norm_type"), metadata.get("qk_norm", "none"))
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)

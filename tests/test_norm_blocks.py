@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from formulas import DIM, assert_formula, named, randomized, tokens, variant, written
 from programs import DATA, needs_cifar10
 from small import batch, small_config, small_model
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from models.modeling import Attention, Mlp
+from models.norm_blocks import xavier
 from models.norm_layers import (
     ISRU,
     AddBias,
@@ -104,6 +106,10 @@ OTHER_NORMS = {
 NO_FINAL_NORM = {"Post", "DeepNorm", "Keel", "Rescale", "RescaleNet"}  # though they have norms
 
 
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
 def made_block(norm_type, index, depth):
     torch.manual_seed(index)
     config = small_config(dim=DIM)
@@ -191,14 +197,48 @@ def test_layer_scale(depth, start):
     assert torch.equal(block(tokens()), plain(tokens()))
 
 
-def test_deepnorm_with_alpha_1_is_post():
-    """Truth: Post with the same weights, to the bit; with its own alpha it is another function."""
+def test_deepnorm_with_alpha_and_beta_1_is_post():
+    """Truth: Post with Xavier's weights, drawn from the same seed, to the bit."""
     deep, post = small_model("DeepNorm"), randomized(small_model("Post"))
     with_weights_of(deep, post)
     assert not same_logits(deep, post)
+    torch.manual_seed(1)
+    for block in blocks(post):
+        xavier(block, gain=1)
+    torch.manual_seed(1)
     for block in blocks(deep):
+        block.depth = 1 / 8  # so beta = (8L)^(-1/4) is 1
+        block.initialize()
         block.alpha = 1
     assert same_logits(deep, post)
+
+
+@pytest.mark.parametrize("gain", [1e-4, 0.1])
+def test_layer_scale_starts_near_the_identity(gain):
+    """Truth: each branch of L blocks moves x by its RMS times the gain at most."""
+    model = small_model("LayerScale", depth=6)
+    encoder, x = model.transformer.encoder, tokens()
+    encoder.reads_class_token_alone = False
+    branches = [branch for block in blocks(model) for branch in (block.attn, block.ffn)]
+    for block in blocks(model):
+        nn.init.constant_(block.attention_gain, gain)
+        nn.init.constant_(block.ffn_gain, gain)
+    with torch.no_grad():
+        largest = max(rms(y) for y in outputs_of(branches, encoder, x))
+        moved = rms(outputs_of([blocks(model)[-1]], encoder, x)[0] - x)
+    assert 0 < moved <= 12 * gain * largest
+
+
+def test_keel_moves_little():
+    """Truth: x keeps unit variance, and a branch counts 1/(2L) of the stream in amplitude."""
+    depth = 12
+    block = made_block("Keel", 3, depth)
+    x = F.layer_norm(tokens(), (DIM,))
+    with torch.no_grad():
+        y = block(x)
+        branch = rms(outputs_of([block.attn], block, x)[0])
+    assert rms(y) == pytest.approx(1, rel=1e-3)
+    assert rms(y - x) < 3 * max(1, branch) / (2 * depth)
 
 
 @pytest.mark.parametrize(
@@ -276,14 +316,14 @@ def test_keel_has_one_outer_norm_less():
     assert len(names) == 11 and all(name.endswith("weight") for name in names)
 
 
-def stream_variance(depth, images, seed):
+def stream_variance(depth, images, seed, dim=64):
     """Mean square of x after each block of a new RescaleNet that has measured 8 batches."""
     entries = {"classifier": "gap"}
-    model = variant("RescaleNet", "none", seed, 32, entries=entries, dim=64, depth=depth, heads=2)
+    model = variant("RescaleNet", "none", seed, 32, entries=entries, dim=dim, depth=depth, heads=2)
     encoder = model.transformer.encoder
     with torch.no_grad():
         if images is None:
-            x = torch.randn(8 * 32, 16, 64)
+            x = torch.randn(8 * 32, 16, dim)
         else:
             x = model.transformer.embeddings(images)
             x /= x.square().mean().sqrt()
@@ -310,6 +350,11 @@ def test_rescale_net_keeps_unit_variance(source, depth):
     assert variances.shape == (models, depth)
     assert (variances.mean(0) - 1).abs().max() < 0.05
     assert (variances - 1).abs().max() < 0.25
+
+
+def test_a_wide_rescale_net_keeps_unit_variance():
+    """Truth: within 5 % after each of 12 blocks, of a single model as wide as ViT-B."""
+    assert (stream_variance(12, None, 0, dim=768) - 1).abs().max() < 0.05
 
 
 def test_rescale_net_has_no_linear_biases():

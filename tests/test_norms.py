@@ -160,7 +160,7 @@ def any_type(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_type_trains(any_type, level, fast):
     """Truth: the loss of one batch falls; at O0 as in PyTorch's layers, in half nearly so."""

@@ -146,6 +146,7 @@ BAD_ENTRIES = (
     " drop_path=nan head_factor=0 position_resize=nearest pool=max positions=rotary stem=conv_ln"
     " zero_head=0 zero_branches=None"
 ).split()
+ONE_TOKEN = "--recipe small --set crop=resized --img_size 4"
 MISTAKES = [  # the line, and what the error must name
     *((f"--set '{e}'", [e.replace("=", "='", 1) + "' is not allowed"]) for e in BAD_ENTRIES),
     ("--set betas=0.9,1", ["--set: betas='1' is not allowed"]),
@@ -163,6 +164,8 @@ MISTAKES = [  # the line, and what the error must name
     ("--set cutmix=1 --train_batch_size 8 --gradient_accumulation_steps 8", ["1 image", "cutmix"]),
     ("--dataset digits --val_split 1437", ["--val_split", "1437", "digits", "no training images"]),
     ("--val_split 50000", ["--val_split", "cifar10 has 50000"]),
+    (f"{ONE_TOKEN} --norm_type BN", ["--norm_type", "BN", "one token", "--img_size 4"]),
+    (f"{ONE_TOKEN} --norm_type RepBN", ["--norm_type", "RepBN", "one token"]),
     ("--val_split -1", ["--val_split", "'-1'", "from 0"]),
     ("--set crop=shift --img_size 64", ["--img_size", "64", "crop=shift", "32"]),
     ("--recipe small --img_size 64", ["--img_size", "64", "crop=shift", "32"]),
@@ -189,6 +192,16 @@ def test_a_mistake_is_one_line(line, words, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RunFiles", None)  # what comes next
     done = call(train.main, "--name", "x", *shlex.split(line))
     assert_one_line(done, words, tmp_path)
+
+
+def test_each_process_needs_a_training_image(tmp_path, monkeypatch):
+    """Truth: the flag's line, where the images of an epoch are fewer than the processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    few = ["--name", "x", "--dataset", "digits", "--val_split"]
+    assert_one_line(call(train.main, *few, "1436"), ["--val_split", "1436", "1437"], tmp_path)
+    assert parse_args([*few, "1435"]).processes == 2
 
 
 def test_a_mistake_of_the_real_command(tmp_path):

@@ -171,9 +171,13 @@ def test_what_is_not_finite_is_passed_through(value):
 
 
 def test_log_signal_of_a_training(tmp_path):
-    """Truth: the last step's checkpoint, on the first 128 test images; its figure of the first."""
+    """Truth: the last step's checkpoint, on the first 128 test images; its figure of the first.
+
+    An evaluation's batch has fewer images.
+    """
     flags = "--name signal --dataset digits --model_type ViT-64x4_4 --img_size 8 --num_steps 3"
-    run([*flags.split(), "--warmup_steps", "1", "--eval_every", "2", "--log_signal"], tmp_path)
+    flags += " --warmup_steps 1 --eval_every 2 --eval_batch_size 50 --log_signal"
+    run(flags.split(), tmp_path)
     model, flags = load_model(next(tmp_path.glob("output/*_final.bin")))
     dataset = load_dataset("digits")
     images = resize(dataset.test_images[:128], flags.img_size)
@@ -193,6 +197,18 @@ def test_log_signal_of_a_training(tmp_path):
     assert [figure.step for figure in figures] == [2, 3]
     drawn = 255 * imread(io.BytesIO(figures[-1].encoded_image_string))
     np.testing.assert_allclose(drawn, np.asarray(canvas.buffer_rgba())[..., :3], atol=3)
+
+
+def test_a_run_with_held_out_images(tmp_path, drawn):
+    """Truth: the numbers that the training wrote to TensorBoard, of held-out images both."""
+    flags = "--name signal --dataset digits --model_type ViT-64x4_4 --img_size 8 --num_steps 1"
+    run([*flags.split(), *"--warmup_steps 1 --val_split 200 --log_signal".split()], tmp_path)
+    call(plot_signal.main, next(tmp_path.glob("output/*_final.bin")), "--out_dir", tmp_path)
+    logged = scalars(next(tmp_path.glob("logs/signal_*")))
+    for name, values in drawn[0][3].items():
+        for block, value in enumerate(values, start=1):
+            got = logged[f"signal/{name}/block_{block}"][-1][1]
+            assert got == pytest.approx(value, rel=1e-4), f"{name} of block {block}"
 
 
 def test_figure_holds_the_numbers_given():

@@ -7,6 +7,7 @@ import re
 import textwrap
 
 from models.configs import CONFIGS
+from models.norm_layers import BatchNorm
 from models.norms import NORM_TYPES, QK_NORMS
 from recipes import OPTIMIZERS, RECIPES
 from utils import dist_util
@@ -223,10 +224,12 @@ def parse_args(argv=None):
             f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
             f" {args.fp16_opt_level}: O1 and O2 scale the loss"
         )
-    if args.val_split >= TRAIN_IMAGES[args.dataset]:
+    if dist_util.launched():
+        args.processes = int(os.environ["WORLD_SIZE"])
+    if args.val_split > TRAIN_IMAGES[args.dataset] - args.processes:
         parser.error(
             f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
-            f" {TRAIN_IMAGES[args.dataset]}"
+            f" {TRAIN_IMAGES[args.dataset]}, and a process needs one"
         )
     if args.position_resize != "auto" and not args.pretrained_dir:
         parser.error("argument --set: position_resize is not allowed without --pretrained_dir")
@@ -246,8 +249,6 @@ def parse_args(argv=None):
                 " in 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
             )
     args.save_every = args.save_every or args.eval_every
-    if dist_util.launched():
-        args.processes = int(os.environ["WORLD_SIZE"])
     return args
 
 
@@ -283,6 +284,12 @@ def _check_shapes(parser, args):
         parser.error(
             f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
             f" of {patch} pixels"
+        )
+    has_one_token = args.pool == "mean" and args.img_size == patch
+    if has_one_token and issubclass(NORM_TYPES[args.norm_type].norm, BatchNorm):
+        parser.error(
+            f"argument --norm_type: {args.norm_type} is not allowed with one token an image, as"
+            f" pool=mean and --img_size {args.img_size} give: a batch of one would have no variance"
         )
     if args.crop == "shift" and args.img_size != SIDE:
         parser.error(f"argument --img_size: {args.img_size} is not allowed with crop=shift: {SIDE}")

@@ -104,7 +104,7 @@ def load_model(path, vis=False):
     saved = load_checkpoint(path)
     if "flags" not in saved:
         raise UserError(f"{path} holds weights alone, not the flags of their run")
-    flags = SimpleNamespace(qk_norm="none", **reference().to_dict())  # for older runs
+    flags = SimpleNamespace(qk_norm="none", val_split=0, **reference().to_dict())  # for older runs
     vars(flags).update(saved["flags"])
     check_flags(flags, f"{path}: its ")
     model = build_model(flags, len(CLASSES[flags.dataset]), vis)

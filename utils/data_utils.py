@@ -244,6 +244,10 @@ class TestBatches:
     def __len__(self):
         return -(-len(self.labels) // self.batch_size)
 
+    def first(self, count):
+        """The first images and labels, as a batch of `count` at most."""
+        return self.resizer(self.images[:count]), self.labels[:count]
+
     def __iter__(self):
         for images, labels in zip(
             self.images.split(self.batch_size), self.labels.split(self.batch_size)
