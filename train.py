@@ -132,7 +132,8 @@ def train(args, files, device, stop):
     # dynamic=False: what is compiled for a batch must not depend on the batches seen before it.
     compiled = torch.compile(parallel, dynamic=False) if args.compile else parallel
     eval_model = torch.compile(model, dynamic=False) if args.compile else model
-    first, last = run["step"], min(args.num_steps, args.stop_after or args.num_steps)
+    first = run["step"]
+    last = max(first, min(args.num_steps, args.stop_after or args.num_steps))
     log.say_plan(args, dataset, model, machine, pflop, run, last)
     quiet = not (dist_util.is_main() and sys.stderr.isatty())
     bar = tqdm(total=args.num_steps, initial=first, unit="step", miniters=1, disable=quiet)

@@ -16,6 +16,10 @@ set -eu
 . "$(dirname "$0")/utils/sweep.sh"
 dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} name=${NAME:-${RECIPE:-bench}}
 rates=rates seeds=seeds without=
+case $recipe in
+    *adamw) rates_to_try="0.001 0.002 0.004 0.008" ;;
+    *) rates_to_try="0.005 0.01 0.02 0.04" ;;
+esac
 [ "$name" = bench ] || rates=rates_$name seeds=seeds_$name
 python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
@@ -35,7 +39,7 @@ try_rate() {
 }
 
 for norm in $norms; do
-    for rate in ${RATES:-0.005 0.01 0.02 0.04}; do
+    for rate in ${RATES:-$rates_to_try}; do
         try_rate "$@"
     done
     [ -z "${RATES-}" ] || continue

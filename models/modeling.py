@@ -147,8 +147,8 @@ class VisionTransformer(nn.Module):
 
     `forward(x)`, x (B, 3, img_size, img_size): logits (B, num_classes) and the attention weights, a
     list of (B, H, N, N) per block if `vis`, else empty. `forward(x, labels)`, labels (B,) or
-    probabilities (B, num_classes): the mean cross entropy, in fp32. `zero_head` makes loaded
-    foreign weights start with a head of zeros. Raises ValueError for an unknown norm type or an
+    probabilities (B, num_classes): the mean cross entropy, in fp32. `zero_head`: whether
+    `load_pretrained` is to start the head at zero. Raises ValueError for an unknown norm type or an
     img_size that the patch does not divide.
     """
 

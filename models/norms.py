@@ -71,7 +71,8 @@ NORM_TYPES = {
     "SigmaReparam": NormType(SigmaReparam, nn.Identity, prepare=SigmaReparam.prepare),
 }
 
-# What --qk_norm chooses: on the queries and keys of each head.
+# What --qk_norm chooses: on the queries and keys of each head. Source: Dehghani et al. 2023
+# (ViT-22B), section 2, with LayerNorm.
 QK_NORMS = {"none": nn.Identity, "rms": RMSNorm, "ln": LayerNorm}
 
 # The first steps, in which a type may measure its inputs. They are not compiled.

@@ -58,6 +58,11 @@ def load_pretrained(model, file, position_resize="auto"):
         ours |= {key: torch.ones_like(state[key]) for key in gains}
         lines.append(f"Set to 1, as the file's branches have none such: {_summary(gains)}")
 
+    embeddings = model.transformer.embeddings
+    if not isinstance(embeddings.position_embeddings, torch.nn.Parameter):
+        ours[POSITIONS] = state.pop(POSITIONS)
+        if arrays.pop(names[POSITIONS], None) is not None:
+            lines.append("Left out: position embeddings; ours are fixed")
     new, heads = {}, model.transformer.encoder.layer[0].attn.num_heads
     for key, want in state.items():
         name, shape = names[key], tuple(want.shape)
@@ -65,13 +70,16 @@ def load_pretrained(model, file, position_resize="auto"):
             continue
         array = arrays.pop(name)
         if key == POSITIONS and array.ndim == 3 and _side(array.shape[1]):
+            if not embeddings.has_class_token:
+                array = array[:, array.shape[1] - _side(array.shape[1]) ** 2 :]
             shape = (1, array.shape[1], shape[2])  # any square grid will do
         layout = google_shape(name, shape, heads) if weights.is_google else shape
         array = _checked(file, name, array, layout, want.is_floating_point())
         new[key] = torch.from_numpy(from_google(array, shape) if weights.is_google else array)
 
-    old, own = _side(new[POSITIONS].shape[1]), _side(state[POSITIONS].shape[1])
-    if old != own:
+    sides = [_side(found[POSITIONS].shape[1]) for found in (new, state) if POSITIONS in found]
+    if len(set(sides)) == 2:
+        old, own = sides
         mode = weights.resize if position_resize == "auto" else position_resize
         new[POSITIONS] = _resize_positions(new[POSITIONS], old, own, mode)
         lines.append(
@@ -178,16 +186,17 @@ def _summary(names):
 
 
 def _side(tokens):
-    """Side of the square grid of `tokens` without the class token; 0 if it is no square."""
-    side = isqrt(max(tokens - 1, 0))
-    return side if side**2 == tokens - 1 else 0
+    """Side of the square grid of `tokens`, with or without a class token; 0 if it is no square."""
+    side = isqrt(tokens)
+    return side if tokens - side**2 in (0, 1) else 0
 
 
 def _resize_positions(positions, old, new, mode):
-    """(1, 1 + old*old, D) -> (1, 1 + new*new, D); the class token's, the first, stays.
+    """(1, old*old, D) -> (1, new*new, D); a class token's, the first of one more, stays.
 
     bilinear: corner to corner, as the reference resizes; bicubic: as DINOv2 and timm do.
     """
-    grid = positions[:, 1:].unflatten(1, (old, old)).movedim(-1, 1)  # (1, D, old, old)
+    class_token, grid = positions.split([positions.shape[1] - old**2, old**2], dim=1)
+    grid = grid.unflatten(1, (old, old)).movedim(-1, 1)  # (1, D, old, old)
     grid = F.interpolate(grid, (new, new), mode=mode, align_corners=mode == "bilinear")
-    return torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
+    return torch.cat([class_token, grid.flatten(2).mT], dim=1)

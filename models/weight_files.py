@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from models.download import DOWNLOADABLE
 from models.google_layout import RESIZE
+from models.norms import NORM_TYPES
 from models.timm_layout import IMAGENET, fold_normalization, from_timm, is_timm
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -56,6 +57,9 @@ def read_weights(file, wanted):
         return WeightFile(arrays, is_google=True, resize=resize, may_lack_head=may_lack_head)
     if not is_timm(arrays):
         return WeightFile(arrays, metadata.get("norm_type"), metadata.get("qk_norm", "none"))
+    norm_type = metadata.get("norm_type", "LN")  # an export of ours says which it was
+    if norm_type in NORM_TYPES and NORM_TYPES[norm_type].equals_ln:
+        norm_type = "LN"  # its gains are folded
     normalization = _normalization(file, arrays, metadata)
     try:
         arrays = from_timm(arrays, wanted)
@@ -67,7 +71,7 @@ def read_weights(file, wanted):
     except (ValueError, KeyError, IndexError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"--pretrained_dir {file}: {reason}") from None
-    return WeightFile(arrays, resize="bicubic", may_lack_head=True, notes=notes)
+    return WeightFile(arrays, norm_type, resize="bicubic", may_lack_head=True, notes=notes)
 
 
 def _read(file):
@@ -80,9 +84,9 @@ def _read(file):
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, opened.metadata() or {}
     content = load_checkpoint(file)
-    weights, flags = content["model"], content.get("flags", {})
+    weights, flags = content["model"], content.get("flags")
     inner = weights.get("state_dict")  # where some files keep them
-    return inner if isinstance(inner, dict) else weights, flags
+    return inner if isinstance(inner, dict) else weights, flags or {}
 
 
 def _to_numpy(file, name, value):

@@ -18,6 +18,7 @@ import predict
 from models.configs import CONFIGS, vit_config
 from models.modeling import build_model
 from models.norms import NORM_TYPES
+from models.pretrained import load_pretrained
 from models.timm_names import TIMM_NAMES
 from recipes import reference
 from utils.checkpoint import save_checkpoint
@@ -92,6 +93,27 @@ def test_timm_with_qk_norm(tmp_path, norm_type, qk_norm):
     checkpoint, model = trained(tmp_path, norm_type, qk_norm=qk_norm)
     assert call(export.main, checkpoint).returncode == 0
     assert_equal_logits(timm_model(tmp_path / "run.safetensors")(pictures(5)), model, pictures(5))
+
+
+@pytest.mark.parametrize(
+    ("exported", "target", "same"),
+    [
+        ("LN", "LN", True),
+        ("LayerScale", "LN", True),
+        ("LayerScale", "LayerScale", True),
+        ("RMS", "RMS", True),
+        ("RMS", "LN", False),
+    ],
+)
+@torch.no_grad()
+def test_an_export_as_pretrained_weights(tmp_path, exported, target, same):
+    """Truth: the same logits where the log has no line on another norm type; else other ones."""
+    checkpoint, model = trained(tmp_path, exported)
+    assert call(export.main, checkpoint).returncode == 0
+    _, ours = trained(tmp_path, target)
+    lines = load_pretrained(ours, tmp_path / "run.safetensors")
+    assert any("computes something else" in line for line in lines) != same
+    assert torch.allclose(ours(pictures(5))[0], model(pictures(5))[0], atol=1e-4) == same
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from formulas import variant
 from programs import Bomb
 from scipy import ndimage, special
 from small import random_state, small_model
@@ -211,6 +212,29 @@ def test_position_embeddings_are_scipys(google, grid):
     found = model.state_dict()[OUR_POSITIONS][0].numpy()
     np.testing.assert_allclose(found[1:], expected.reshape(grid**2, -1), atol=1e-5)
     np.testing.assert_array_equal(found[0], positions[0])
+
+
+@pytest.mark.parametrize("grid", [4, 3])
+def test_without_a_class_token(google, grid):
+    """Truth: the file's positions but for the class token's, resized by SciPy."""
+    arrays, file = google
+    model = variant(side=grid * PATCH, entries={"classifier": "gap"}, depth=DEPTH)
+    lines = load_pretrained(model, file)
+    assert any(line.startswith("Left out, as") and "cls" in line for line in lines)
+    positions = arrays[POSITIONS][0, 1:].astype(np.float64).reshape(4, 4, -1)
+    expected = ndimage.zoom(positions, (grid / 4, grid / 4, 1), order=1).reshape(grid**2, -1)
+    found = model.state_dict()[OUR_POSITIONS][0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_fixed_positions_stay(google):
+    """Truth: those of the model at its start, though the file has others."""
+    model = variant(side=GRID * PATCH, entries={"positions": "sincos"}, depth=DEPTH)
+    before = model.state_dict()[OUR_POSITIONS].clone()
+    lines = load_pretrained(model, google[1])
+    assert "Left out: position embeddings; ours are fixed" in lines
+    assert torch.equal(model.state_dict()[OUR_POSITIONS], before)
+    assert not any("Kept" in line for line in lines)
 
 
 @pytest.mark.parametrize("norm_type", ["LN", "SigmaReparam"])

@@ -95,6 +95,17 @@ def test_killed_at_six_points(forks, reference, tmp_path, norm_type, flags):
     assert again.output.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", HALF)
+@pytest.mark.parametrize("norm_type", [name for name in NORM_TYPES if name not in STATEFUL])
+def test_killed_once_in_half(forks, reference, tmp_path, norm_type, flags):
+    """The other types at the other levels."""
+    flags += f" --norm_type {norm_type}"
+    args = RESUME + flags.split()
+    assert forks.run(args, tmp_path, IN_STEP.format(8), check=False).returncode == KILLED
+    forks.run(args, tmp_path)
+    assert_same(tmp_path, reference(flags))
+
+
 @pytest.mark.skipif(has_bf16_units(), reason="shown at all levels above")
 def test_bf16_without_its_units(forks, reference, tmp_path):
     flags = "--norm_type Rescale --fp16 --half_dtype bf16 --train_batch_size 24"
@@ -236,7 +247,9 @@ def test_stop_after(forks, reference, tmp_path):
     assert done.output.endswith("Stopped after step 7 of 16; --resume continues\n")
     assert steps(tmp_path) == [6, 7]
     before = content(next(tmp_path.glob("output/*_step_7.bin")))
-    forks.run([*RESUME, "--stop_after", "7"], tmp_path)  # has nothing to do
+    for last in ("7", "5"):
+        done = forks.run([*RESUME, "--stop_after", last], tmp_path)  # has nothing to do
+        assert done.output.endswith("Stopped after step 7 of 16; --resume continues\n")
     assert content(next(tmp_path.glob("output/*_step_7.bin"))) == before
     forks.run(RESUME, tmp_path)
     assert_same(tmp_path, reference())

@@ -36,7 +36,6 @@ from utils import dist_util, run_logger
 from utils.args import ENTRIES, build_parser, parse_args
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.errors import UserError, reported
-from utils.evaluation import evaluate_run
 from utils.log_reader import read_log
 from utils.run_files import RunFiles, result_flags
 
@@ -447,27 +446,25 @@ def test_two_processes_train_as_one_twice_as_large(forks, tmp_path):
         assert two == pytest.approx(one, rel=1e-4), tag
 
 
-def test_torchrun_and_eval_in_one_process(tmp_path, monkeypatch, capsys):
+def test_torchrun_trains_and_evaluates(tmp_path):
     """BatchNorm's statistics differ between processes: evaluated are those that are saved."""
     flags = [*TINY, *"--norm_type BN --train_batch_size 8 --num_steps 8 --eval_every 4".split()]
     torchrun = "torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, str(ROOT / "train.py"), *flags],
-        cwd=tmp_path,
-        env=environment(),
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    for more in ([], ["--eval"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun, str(ROOT / "train.py"), *flags, *more],
+            cwd=tmp_path,
+            env=environment(),
+            timeout=300,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
     log = log_of(tmp_path)
     assert log.finished and log.flags["processes"] == 2
-    monkeypatch.chdir(tmp_path)
-    args = parse_args(flags)
-    args.processes = 2  # its files' names tell of them
-    evaluate_run(args, RunFiles(args), torch.device("cpu"), "O0", None)
     best = log.accuracy.index(max(log.accuracy))
-    printed = re.findall(r"Valid \w+: (\S+)", capsys.readouterr().out)
+    printed = re.findall(r"Valid \w+: (\S+)", done.stdout)
+    assert done.stdout.count("Figures: ") == 1
     expected = [log.loss[best], log.accuracy[best]]
     assert [float(number) for number in printed] == pytest.approx(expected, abs=2e-5)
 

@@ -84,7 +84,9 @@ def test_training_curves_hold_the_numbers_given():
     np.testing.assert_array_equal(loss_axes.lines[0].get_xydata().T, [steps, loss])
     np.testing.assert_array_equal(accuracy_axes.lines[0].get_xydata().T, [steps, [25, 50, 75]])
     assert "%" in accuracy_axes.get_ylabel() and accuracy_axes.get_ylim() == (0, 100)
-    for loss, top in (([2.0, 1.0, float("inf")], 2.302585 * 1.1), ([2.0, 3.0, 1.0], 3.3)):
+    none = [float("nan")] * 3
+    highest = 2.302585 * 1.1
+    for loss, top in (([2.0, 1.0, float("inf")], highest), ([2.0, 3.0, 1.0], 3.3), (none, highest)):
         loss_axes, _ = loss_accuracy_figure(steps, loss, accuracy, "LN", 10).axes
         assert loss_axes.get_ylim() == pytest.approx((0, top))
 

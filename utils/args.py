@@ -129,7 +129,8 @@ def build_parser(recipe="reference"):
     yes, folder = {"action": "store_true"}, {"metavar": "FOLDER", "type": _path}
 
     add = parser.add_argument_group("run").add_argument
-    add("--name", required=True, type=_name, metavar="NAME", help="its files start with it")
+    text = "part of the names of all its files"
+    add("--name", required=True, type=_name, metavar="NAME", help=text)
     text = f"what other flags default to: {', '.join(RECIPES)}"
     add("--recipe", default="reference", choices=RECIPES, metavar="NAME", help=text)
     text = f"other entries of the recipe: {', '.join(ENTRIES)}"
@@ -172,7 +173,7 @@ def build_parser(recipe="reference"):
     add("--fp16", **yes, help="half precision, at the level of --fp16_opt_level")
     text = "O0 fp32, O1 autocast, O2 half weights with fp32 masters, O3 all half"
     add("--fp16_opt_level", default="O2", choices=LEVELS, help=text)
-    text = "of O1 and O2, 0: dynamic (fp16) or none (bf16); else a static scale"
+    text = "static loss scale of O1 and O2; 0: dynamic in fp16, none in bf16"
     add("--loss_scale", default=0.0, type=_number(float, 0, 2.0**24), help=text)
     text = "auto: fp16 on CUDA, bf16 on a processor with bf16 units, else fp32"
     add("--half_dtype", default="auto", choices=("auto", *HALF_DTYPES), help=text)
@@ -189,7 +190,7 @@ def build_parser(recipe="reference"):
     add("--eval_batch_size", default=512, type=count, help="images per batch of an evaluation")
     text = "add each block's signal and attention to TensorBoard at each evaluation"
     add("--log_signal", **yes, help=text)
-    add("--log_every", default=10, type=count, help="optimizer steps between reads of the loss")
+    add("--log_every", default=10, type=count, help="optimizer steps between log entries")
     text = "optimizer steps between checkpoints; if not given, --eval_every"
     add("--save_every", type=count, help=text)
     text = "stop, with a checkpoint, after this step; the schedule stays that of num_steps"
@@ -198,7 +199,7 @@ def build_parser(recipe="reference"):
     add = parser.add_argument_group("where").add_argument
     add("--output_dir", default="output", **folder, help="where result logs and checkpoints go")
     add("--data_dir", default="data", **folder, help="where CIFAR is, or is downloaded to")
-    add("--gpu_id", default="0", type=_gpu, help="GPU of a single process; torchrun decides else")
+    add("--gpu_id", default="0", type=_gpu, help="GPU of a process without torchrun")
     add("--local_rank", "--local-rank", default=-1, type=int, help="from old launchers")
     parser.set_defaults(processes=1)  # no flag, but it affects results like one
     entries = RECIPES[recipe]().to_dict()

@@ -1,8 +1,8 @@
 """Datasets as uint8 tensors on the training device, and their batches made there.
 
-Images are stored (n, 32, 3, 32), rows x channels x columns. In that layout cropping and resizing a
-batch is a batched matrix product for the columns and weighted sums of rows, with nothing to
-transpose.
+On the device, images are (n, 32, 3, 32), rows x channels x columns. In that layout cropping and
+resizing a batch is a batched matrix product for the columns and weighted sums of rows, with nothing
+to transpose.
 """
 
 import math
@@ -231,7 +231,7 @@ class TrainBatches:
 
 
 class TestBatches:
-    """Iterates over this process's part of the test images; all processes see each image once."""
+    """Iterates over this process's part of the test images."""
 
     __test__ = False  # tells pytest that it is no test case
 

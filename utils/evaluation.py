@@ -39,12 +39,25 @@ def evaluate_run(args, files, device, level, half_dtype):
     from plot_attn import plot_attention
 
     saved = load_checkpoint(files.best)
-    dataset = hold_out(load_dataset(args.dataset, args.data_dir), args.val_split)
+    with dist_util.main_first():
+        dataset = hold_out(load_dataset(args.dataset, args.data_dir), args.val_split)
 
     def make_model(vis):
         model = build_model(args, len(dataset.classes), vis)
         load_weights(model, saved["model"], files.best)
         return model
+
+    model = make_model(vis=False).to(device)
+    precision = Precision(model, level, half_dtype)
+    if args.cpu_kernels == "auto":
+        accelerate(model)
+    resizer = Resizer(args.img_size, device, precision.input_dtype)
+    processes = (dist_util.rank(), dist_util.world_size())
+    test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *processes)
+    loss, accuracy = evaluate(model, test_batches, precision)
+    if not dist_util.is_main():
+        return
+    print(f"Valid Loss: {loss:.5f}\nValid Accuracy: {accuracy:.5f}")
 
     image = resize(dataset.test_images[:1], args.img_size)
     title = dataset.classes[dataset.test_labels[0]]
@@ -54,13 +67,4 @@ def evaluate_run(args, files, device, level, half_dtype):
         figures.append(plot_log(files.log, Path("img/plot_acc_loss")))
     except (ValueError, FileNotFoundError) as error:
         print(f"No figure of loss and accuracy: {error}")
-
-    model = make_model(vis=False).to(device)
-    precision = Precision(model, level, half_dtype)
-    if args.cpu_kernels == "auto":
-        accelerate(model, args.compile)
-    resizer = Resizer(args.img_size, device, precision.input_dtype)
-    test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device)
-    loss, accuracy = evaluate(model, test_batches, precision)
-    print(f"Valid Loss: {loss:.5f}\nValid Accuracy: {accuracy:.5f}")
     print("Figures:", *figures)

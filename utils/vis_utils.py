@@ -52,7 +52,7 @@ def loss_accuracy_figure(steps, loss, accuracy, title: str, classes: int) -> Fig
     loss_axes.set(title=title, xlabel="optimizer step")
     loss_axes.grid(axis="x", alpha=0.3)
     percent = 100 * np.asarray(accuracy)
-    highest = 1.1 * max(math.log(classes), *(value for value in loss if math.isfinite(value)))
+    highest = 1.1 * max([math.log(classes), *(value for value in loss if math.isfinite(value))])
     for axes, values, label, color, top in (
         (loss_axes, loss, LOSS_LABEL, VERMILION, highest),
         (loss_axes.twinx(), percent, ACCURACY_LABEL, BLUE, 100),
