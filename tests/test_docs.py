@@ -129,8 +129,10 @@ def test_optimizers():
 def test_what_the_bench_takes():
     """Truth: train_small.sh's ${NAME:-default}."""
     text = (ROOT / "train_small.sh").read_text()
+    adamw, others = re.findall('rates_to_try="(.*)"', text)
     found = dict(re.findall(r"\$\{([A-Z_]+):-(.*?)\}", text)) | {
         "NORMS": "all norm types",
+        "RATES": f"{others}, with AdamW {adamw}",
         "NAME": "the recipe, if it is not bench",
     }
     table = rows(section(RECIPE_PAGE, "The bench"))[1:]

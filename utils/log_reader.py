@@ -143,7 +143,7 @@ def _published(path, row) -> RunLog:
         loss=[math.nan],
         accuracy=[accuracy],
         total_parameters=None,
-        pflop=None,
+        pflop=float(row["pflop"]) if row.get("pflop") else None,
         images_per_s=None,
         best_accuracy=accuracy,
         final_accuracy=accuracy,
