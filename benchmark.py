@@ -36,12 +36,18 @@ from utils.args import parse_args
 from utils.flops import highest_memory, training_pflop
 from utils.trial import CLASSES, Trial
 
-MODELS = {"ViT-B_32": (224, 32), "ViT-B_16": (224, 32), "ViT-Ti_4": (32, 128)}  # side, batch
+MODELS = {  # side, batch
+    "ViT-B_32": (224, 32),
+    "ViT-B_16": (224, 32),
+    "ViT-Ti_4": (32, 128),
+    "ViT-64x4_4": (32, 128),
+}
 LEVELS = {"O0": "", "O2": " --fp16"}
 UNCOUNTED = 3  # runs before those that count: page faults distort the first ones
 
 # The pairs of each kind of row, ours second: a method and whose it is. {half}: the level's flag.
 STEP, TIMM = "step LN{half}", ("timm", "timm autocast")
+SMALL, HEAVY = "{half} --recipe small", " --set randaugment_ops=2 mixup=0.8 cutmix=1"
 PAIRS = {
     "input": [("images PIL", "images LN{half}")],
     "step": [
@@ -64,6 +70,9 @@ PAIRS = {
     "compiled": [
         (f"step {peer} compiled", ours) for peer in TIMM for ours in (f"{STEP} --compile", STEP)
     ],
+    # With recipe small, for 32 px: compiling, and what making a batch takes of a step
+    "small": [(f"step LN{SMALL} --compile", f"step LN{SMALL}")],
+    "data": [(f"step LN{SMALL}", f"batch LN{SMALL}{more}") for more in ("", HEAVY)],
 }
 
 
@@ -73,9 +82,9 @@ def main():
     )
     add, kinds = parser.add_argument, [*PAIRS, "profile", "cost"]
     add("--rows", nargs="+", choices=kinds, default=kinds, help="what to measure")
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS)[:3])
     add("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of ours")
-    add("--batch", type=int, help="images per training step; if not given, 32, of ViT-Ti_4 128")
+    add("--batch", type=int, help="images per training step; if not given, 32, at 32 px 128")
     add("--repeats", type=int, default=5, help="counted runs of each")
     add("--data_dir", default="data", help="where CIFAR-10 is")
     args = parser.parse_args()
@@ -102,6 +111,8 @@ def all_rows(args):
             if kind == "profile":
                 for half in halves:
                     yield from profile_rows(args, model_type, f"LN{half}")
+            if kind in ("small", "data") and MODELS[model_type][0] != 32:
+                continue
             pairs = [
                 (a.format(half=h), b.format(half=h)) for h in halves for a, b in PAIRS.get(kind, ())
             ]
@@ -247,6 +258,10 @@ def images(trial):
         next(trial.data[0])
 
 
+def batch(trial):
+    next(trial.data[0])
+
+
 def program(trial):
     """Input, steps and evaluation; the reference evaluates 78 batches per 100 steps."""
     training, tests = trial.data
@@ -261,7 +276,9 @@ def product(trial):
         fastest_product(trial.device, trial.dtype)()
 
 
-METHODS = {method.__name__: method for method in (step, evaluation, images, program, product)}
+METHODS = {
+    method.__name__: method for method in (step, evaluation, images, batch, program, product)
+}
 
 
 @cache
