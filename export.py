@@ -126,7 +126,7 @@ def main():
     model, flags = load_model(args.checkpoint)
     output = args.output or Path(args.checkpoint).with_suffix(".safetensors")
     if output.suffix not in FORMATS:
-        raise UserError(f"--output {output}: its name ends with none of {', '.join(FORMATS)}")
+        raise UserError(f"--output {output}: its name must end with one of {', '.join(FORMATS)}")
     for module in [m for m in model.eval().modules() if parametrize.is_parametrized(m)]:
         parametrize.remove_parametrizations(module, "weight")  # keeps the weight they compute
     metadata = {

@@ -39,7 +39,7 @@ def read_picture(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
     except UnidentifiedImageError:
-        raise UserError(f"{path}: no picture, or of none of: {', '.join(FORMATS)}") from None
+        raise UserError(f"{path}: no picture in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # a damaged picture fails in a dozen ways
         if getattr(error, "filename", None):
             raise

@@ -30,7 +30,6 @@ def reference():
             "eval_every": 100,
             # Optimizer: sgd, adamw, or muon for the blocks' matrices with AdamW for the rest
             "optimizer": "sgd",
-            "momentum": 0.9,
             "decay_all": True,  # weight decay of gains, biases and positions too
             "head_factor": 1.0,  # the head's learning rate over that of the rest
             "ema": 0.0,  # decay of the averaged weights that are evaluated; 0: none
@@ -68,7 +67,6 @@ def small():
     0.040 PFLOP, --num_steps 4880 --warmup_steps 244: LN 78.8 % in 6.3 minutes, BN 80.7 %.
     """
     recipe = reference()
-    del recipe.momentum  # Muon has its own default
     recipe.update(
         model_type="ViT-64x4_4",
         img_size=32,
@@ -156,7 +154,6 @@ def finetune():
     weights LN reached 95.5 % on CIFAR-10 and 83.9 % on CIFAR-100; from scratch 47.3 % and 19.2 %.
     """
     recipe = reference()
-    del recipe.momentum
     recipe.update(
         model_type="ViT-S_14",
         img_size=112,

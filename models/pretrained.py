@@ -56,7 +56,7 @@ def load_pretrained(model, file, position_resize="auto"):
     gains = [key for key in state if key.endswith(GAIN) and names[key] not in arrays]
     if gains:
         ours |= {key: torch.ones_like(state[key]) for key in gains}
-        lines.append(f"Set to 1, as the file's branches have none such: {_summary(gains)}")
+        lines.append(f"Set to 1, missing in the file: {_summary(gains)}")
 
     embeddings = model.transformer.embeddings
     if not isinstance(embeddings.position_embeddings, torch.nn.Parameter):
@@ -91,9 +91,9 @@ def load_pretrained(model, file, position_resize="auto"):
     model.load_state_dict(state | new)
     _start_parametrizations(model, new)
     if arrays:
-        lines.append(f"Left out, as the model has none such: {_summary(arrays)}")
+        lines.append(f"Left out, missing in the model: {_summary(arrays)}")
     if kept := [key for key in state if key not in new]:
-        lines.append(f"Kept at their initial values, as the file has none such: {_summary(kept)}")
+        lines.append(f"Kept at their initial values, missing in the file: {_summary(kept)}")
     before, now = weights.norm_type, model.norm_type
     same = before == now or (before == "LN" and NORM_TYPES[now].equals_ln)
     if before and not (same and weights.qk_norm == model.qk_norm):

@@ -64,7 +64,7 @@ def sgd(precision, weight_decay=0.0):
 
 def recipe(**entries):
     """The reference recipe, but for these entries."""
-    return SimpleNamespace(**reference().to_dict() | entries)
+    return SimpleNamespace(**{"momentum": 0.9} | reference().to_dict() | entries)
 
 
 def augmentation(resizer, classes=10, **entries):

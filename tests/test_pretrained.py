@@ -26,7 +26,7 @@ D, H, MLP, PATCH, CLASSES = 24, 3, 40, 8, 10  # as `model` makes them
 DEPTH, GRID = 3, 4  # of the .npz
 ATTENTION = "MultiHeadDotProductAttention_1"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
-KEPT = "Kept at their initial values, as the file has none such: "
+KEPT = "Kept at their initial values, missing in the file: "
 MEANINGLESS = "These are weights of {}: {} computes something else with them"
 KEY_KERNEL = f"Transformer/encoderblock_2/{ATTENTION}/key/kernel"
 
@@ -150,7 +150,7 @@ def test_every_array_is_accounted_for(google, norm_type, loaded, left_out, kept)
         "Left out: head of 10 classes; ours, of 7, starts at zero",
         "Resized position embeddings 4x4 -> 2x2",
     ]
-    assert lines[3].startswith("Left out, as the model has none such: ")
+    assert lines[3].startswith("Left out, missing in the model: ")
     assert "pre_logits/kernel, pre_logits/bias" in lines[3]
     assert ("encoderblock_*/LayerNorm_0/scale" in lines[3]) == (norm_type == "Rescale")
     assert lines[3].count(",") == left_out  # one of them in the sentence
@@ -220,7 +220,7 @@ def test_without_a_class_token(google, grid):
     arrays, file = google
     model = variant(side=grid * PATCH, entries={"classifier": "gap"}, depth=DEPTH)
     lines = load_pretrained(model, file)
-    assert any(line.startswith("Left out, as") and "cls" in line for line in lines)
+    assert any(line.startswith("Left out, missing") and "cls" in line for line in lines)
     positions = arrays[POSITIONS][0, 1:].astype(np.float64).reshape(4, 4, -1)
     expected = ndimage.zoom(positions, (grid / 4, grid / 4, 1), order=1).reshape(grid**2, -1)
     found = model.state_dict()[OUR_POSITIONS][0].numpy()

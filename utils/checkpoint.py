@@ -117,7 +117,7 @@ def check_flags(flags, source):
     for flag, known in (("model_type", CONFIGS), ("norm_type", NORM_TYPES), ("dataset", DATASETS)):
         value = getattr(flags, flag, None)
         if value not in known:
-            raise UserError(f"{source}{flag} {value} is unknown here, not of: {', '.join(known)}")
+            raise UserError(f"{source}{flag} {value} is unknown here; known are {', '.join(known)}")
     size, patch = flags.img_size, CONFIGS[flags.model_type].patches.size[0]
     if not isinstance(size, int) or size < 1 or size % patch:
         raise UserError(f"{source}img_size {size} is not a multiple of the patch of {patch} pixels")
@@ -180,7 +180,7 @@ def save_run(files, precision, run, args):
     newest = files.step(run["step"])
     save_checkpoint(content | precision.state_dict(), newest)
     steps = files.steps()
-    place = steps.index(newest)  # newer ones are damaged or of an abandoned course
+    place = steps.index(newest)  # newer ones are damaged, or the run went back before them
     for path in steps[:place] + steps[place + 2 :]:
         path.unlink(missing_ok=True)
 
