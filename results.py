@@ -174,7 +174,7 @@ def update(path) -> None:
         words = begin.split()[2:-1]
         patterns = [word for word in words if word != "--brief"]
         found = (sorted(glob(pattern, root_dir=path.parent)) for pattern in patterns)
-        paths = [path.parent / name for names in found for name in names]
+        paths = list(dict.fromkeys(path.parent / name for names in found for name in names))
         if not paths:
             raise UserError(f"{path}: no file is called {' or '.join(patterns)}, for {begin}")
         tables = _tables(read_logs(paths), "--brief" in words)
