@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from models.configs import CONFIGS
-from models.norms import NORM_TYPES
+from models.norms import NORM_TYPES, QK_NORMS
+from recipes import RECIPES
 from utils.args import parse_args
 from utils.precision import LEVELS
 from utils.run_files import RunFiles
@@ -110,8 +111,14 @@ NUMBER = st.one_of(
     st.sampled_from(["", "0", "-0", "1e400", "-1", "0x10", "1_000", "½", "٣", "1e-400", "NaN"]),
 )
 COUNT = st.integers(1, 9).map(str) | st.just("10000000")
+SETTINGS = "pool=mean zero_head=True zero_branches=True ema=0.9 optimizer=muon".split()
+SETTINGS += "optimizer=adamw mixup=1 cutmix=1 randaugment_ops=2 drop_path=0.5 positions=sincos stem=conv".split()
 VALID = {
     "--norm_type": st.sampled_from(list(NORM_TYPES)),
+    "--qk_norm": st.sampled_from(list(QK_NORMS)),
+    "--recipe": st.sampled_from(list(RECIPES)),
+    "--set": st.sampled_from(SETTINGS),
+    "--val_split": st.sampled_from(["0", "1", "40", "63"]),
     "--model_type": st.sampled_from(list(CONFIGS)),
     "--fp16_opt_level": st.sampled_from(LEVELS),
     "--half_dtype": st.sampled_from(["auto", "bf16", "fp16"]),

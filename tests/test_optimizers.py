@@ -202,10 +202,11 @@ def test_whose_each_parameter_is(norm_type):
         assert decay == (0.02 if is_muons or name in weights else 0), name
         assert factor == (1 if is_muons else 0.15), name
 
-    adamw = make_optimizers(flags(optimizer="adamw"), named)
-    for name, owner in owners(adamw, named).items():
-        decay = 0.02 if name in matrices | weights else 0
-        assert owner == (torch.optim.AdamW, decay, 1), name
+    for optimizer, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
+        alone = make_optimizers(flags(optimizer=optimizer), named)
+        for name, owner in owners(alone, named).items():
+            decay = 0.02 if name in matrices | weights else 0
+            assert owner == (kind, decay, 1), name
 
     all_decay = make_optimizers(flags(decay_all=True), named)
     assert {decay for _, decay, _ in owners(all_decay, named).values()} == {0.02}

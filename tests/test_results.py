@@ -290,7 +290,8 @@ def test_update_writes_between_the_markers(tmp_path, log, newline):
     readme, link = folder / "README.md", folder / "link.md"
     link.symlink_to(readme)
     lines = ["# Title \\1 caf\udce9", "In text: <!-- results x -->"]
-    lines += ["<!-- results ../a*.txt ../b.txt ../a1.txt -->", "old", "<!-- /results -->", "", "## Next"]
+    lines += ["<!-- results ../a*.txt ../b.txt ../a1.txt -->", "old", "<!-- /results -->"]
+    lines += ["", "## Next"]
     lines += ["<!-- results --brief ../b.txt -->", "<!-- /results -->"]
     readme.write_bytes(newline.join(lines).encode(errors="surrogateescape"))  # no UTF-8
     readme.chmod(0o640)
