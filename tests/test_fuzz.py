@@ -111,8 +111,9 @@ NUMBER = st.one_of(
     st.sampled_from(["", "0", "-0", "1e400", "-1", "0x10", "1_000", "½", "٣", "1e-400", "NaN"]),
 )
 COUNT = st.integers(1, 9).map(str) | st.just("10000000")
-SETTINGS = "pool=mean zero_head=True zero_branches=True ema=0.9 optimizer=muon".split()
-SETTINGS += "optimizer=adamw mixup=1 cutmix=1 randaugment_ops=2 drop_path=0.5 positions=sincos stem=conv".split()
+SETTINGS = "pool=mean zero_head=True zero_branches=True positions=sincos stem=conv".split()
+SETTINGS += "ema=0.9 optimizer=muon optimizer=adamw mixup=1 cutmix=1 drop_path=0.5".split()
+SETTINGS += ["randaugment_ops=2"]
 VALID = {
     "--norm_type": st.sampled_from(list(NORM_TYPES)),
     "--qk_norm": st.sampled_from(list(QK_NORMS)),
