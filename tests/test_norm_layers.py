@@ -118,12 +118,12 @@ def test_bounded_layers_saturate(layer, dtype):
 @pytest.mark.parametrize("layer", [DyT, Derf, ISRU])
 def test_bounded_layers_near_zero(layer):
     """Truth: odd around their shift 0 and bias 0, and a line of the function's slope at small a."""
-    norm, x = layer(DIM).double(), tokens()
+    norm, x = layer(DIM), tokens()
     slope = 2 / math.sqrt(math.pi) if layer is Derf else 1
     with torch.no_grad():
         torch.testing.assert_close(norm(-x), -norm(x))
         norm.alpha.fill_(1e-5)
-        torch.testing.assert_close(norm(x), slope * 1e-5 * x, rtol=1e-6, atol=0)
+        torch.testing.assert_close(norm(x), slope * 1e-5 * x, rtol=1e-5, atol=0)
 
 
 def test_batchnorm_statistics():
