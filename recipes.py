@@ -108,7 +108,9 @@ def bench_adamw():
 
         RECIPE=bench_adamw NORMS="LN BN DyT Derf ResPost SkipInit" sh train_small.sh
 
-    0.0053 PFLOP a run. Learning rate x weight decay is the same as in `bench`.
+    0.0053 PFLOP a run, two minutes on one core of an AMD EPYC (Zen 4). Test accuracy: ResPost, BN
+    and LN 52 %, SkipInit 51 %, DyT and Derf 48 to 49 %. Learning rate x weight decay is the same as
+    in `bench`.
     """
     recipe = bench()
     recipe.update(optimizer="adamw", learning_rate=0.004, weight_decay=0.1)
