@@ -69,10 +69,10 @@ def load_pretrained(model, file, position_resize="auto"):
         if name not in arrays:
             continue
         array = arrays.pop(name)
-        if key == POSITIONS and array.ndim == 3 and _side(array.shape[1]):
+        if key == POSITIONS and array.ndim == 3 and (side := _side(array.shape[1])):
             if not embeddings.has_class_token:
-                array = array[:, array.shape[1] - _side(array.shape[1]) ** 2 :]
-            shape = (1, array.shape[1], shape[2])  # any square grid will do
+                array = array[:, array.shape[1] - side**2 :]
+            shape = (1, side**2 + embeddings.has_class_token, shape[2])  # any square grid will do
         layout = google_shape(name, shape, heads) if weights.is_google else shape
         array = _checked(file, name, array, layout, want.is_floating_point())
         new[key] = torch.from_numpy(from_google(array, shape) if weights.is_google else array)

@@ -164,8 +164,11 @@ MISTAKES = [  # the line, and what the error must name
     ("--set cutmix=1 --train_batch_size 8 --gradient_accumulation_steps 8", ["1 image", "cutmix"]),
     ("--dataset digits --val_split 1437", ["--val_split", "1437", "digits", "no training images"]),
     ("--val_split 50000", ["--val_split", "cifar10 has 50000"]),
-    (f"{ONE_TOKEN} --norm_type BN", ["--norm_type", "BN", "one token", "--img_size 4"]),
-    (f"{ONE_TOKEN} --norm_type RepBN", ["--norm_type", "RepBN", "one token"]),
+    (
+        f"{ONE_TOKEN} --norm_type BN --train_batch_size 1",
+        ["--norm_type", "BN", "one token", "--img_size 4"],
+    ),
+    (f"{ONE_TOKEN} --norm_type RepBN --val_split 79", ["--norm_type", "RepBN", "one token"]),
     ("--val_split -1", ["--val_split", "'-1'", "from 0"]),
     ("--set crop=shift --img_size 64", ["--img_size", "64", "crop=shift", "32"]),
     ("--recipe small --img_size 64", ["--img_size", "64", "crop=shift", "32"]),

@@ -214,6 +214,8 @@ def parse_args(argv=None):
     parser = build_parser(first.parse_known_args(argv)[0].recipe)
     args = parser.parse_args(argv)
     _set_entries(parser, args)
+    if dist_util.launched():
+        args.processes = int(os.environ["WORLD_SIZE"])
     _check_shapes(parser, args)
     if args.train_batch_size % args.gradient_accumulation_steps:
         parser.error(
@@ -225,8 +227,6 @@ def parse_args(argv=None):
             f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
             f" {args.fp16_opt_level}: O1 and O2 scale the loss"
         )
-    if dist_util.launched():
-        args.processes = int(os.environ["WORLD_SIZE"])
     if args.val_split > TRAIN_IMAGES[args.dataset] - args.processes:
         parser.error(
             f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
@@ -286,12 +286,15 @@ def _check_shapes(parser, args):
             f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
             f" of {patch} pixels"
         )
+    smallest = args.train_batch_size // args.gradient_accumulation_steps
+    remainder = (TRAIN_IMAGES[args.dataset] - args.val_split) % (smallest * args.processes or 1)
     has_one_token = args.pool == "mean" and args.img_size == patch
     if has_one_token and issubclass(NORM_TYPES[args.norm_type].norm, BatchNorm):
-        parser.error(
-            f"argument --norm_type: {args.norm_type} is not allowed with one token an image, as"
-            f" pool=mean and --img_size {args.img_size} give: a batch of one would have no variance"
-        )
+        if 1 in (smallest, remainder // args.processes):
+            parser.error(
+                f"argument --norm_type: {args.norm_type} is not allowed with one token an image, as"
+                f" pool=mean and --img_size {args.img_size} give, and a batch of one image"
+            )
     if args.crop == "shift" and args.img_size != SIDE:
         parser.error(f"argument --img_size: {args.img_size} is not allowed with crop=shift: {SIDE}")
     if args.stem != "patch" and patch != 4:
@@ -299,7 +302,6 @@ def _check_shapes(parser, args):
             f"argument --set: stem={args.stem} is not allowed with {args.model_type}: its strides"
             " make patches of 4 pixels"
         )
-    smallest = args.train_batch_size // args.gradient_accumulation_steps
     if (args.mixup or args.cutmix) and smallest < 2:
         parser.error(
             f"argument --train_batch_size: {smallest} image in a batch, mixup and cutmix need 2"
