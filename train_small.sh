@@ -16,14 +16,14 @@ set -eu
 . "$(dirname "$0")/utils/sweep.sh"
 dataset=${DATASET:-cifar10} recipe=${RECIPE:-bench} name=${NAME:-${RECIPE:-bench}}
 rates=rates seeds=seeds without=
-case $recipe in
-    *adamw) rates_to_try="0.001 0.002 0.004 0.008" ;;
-    *) rates_to_try="0.005 0.01 0.02 0.04" ;;
-esac
 [ "$name" = bench ] || rates=rates_$name seeds=seeds_$name
 python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
+# A quarter, a half, once and twice the recipe's learning rate
+grid="from recipes import RECIPES; rate = RECIPES['$recipe']().learning_rate
+print(*(f'{factor * rate:g}' for factor in (0.25, 0.5, 1, 2)))"
+grid=${RATES:-$(PYTHONPATH=$here "$python" -c "$grid")}
 
 best() {  # a norm type's best learning rate, and the next one if it is the lowest or highest tried
     logs=output/${dataset}_*_norm_$1_*_$rates[,.]*txt
@@ -39,7 +39,7 @@ try_rate() {
 }
 
 for norm in $norms; do
-    for rate in ${RATES:-$rates_to_try}; do
+    for rate in $grid; do
         try_rate "$@"
     done
     [ -z "${RATES-}" ] || continue

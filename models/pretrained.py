@@ -77,15 +77,15 @@ def load_pretrained(model, file, position_resize="auto"):
         array = _checked(file, name, array, layout, want.is_floating_point())
         new[key] = torch.from_numpy(from_google(array, shape) if weights.is_google else array)
 
-    sides = [_side(found[POSITIONS].shape[1]) for found in (new, state) if POSITIONS in found]
-    if len(set(sides)) == 2:
-        old, own = sides
-        mode = weights.resize if position_resize == "auto" else position_resize
-        new[POSITIONS] = _resize_positions(new[POSITIONS], old, own, mode)
-        lines.append(
-            f"Resized position embeddings {old}x{old} -> {own}x{own}"
-            + ", bicubic" * (mode == "bicubic")
-        )
+    if POSITIONS in new:
+        old, own = (_side(found[POSITIONS].shape[1]) for found in (new, state))
+        if old != own:
+            mode = weights.resize if position_resize == "auto" else position_resize
+            new[POSITIONS] = _resize_positions(new[POSITIONS], old, own, mode)
+            lines.append(
+                f"Resized position embeddings {old}x{old} -> {own}x{own}"
+                + ", bicubic" * (mode == "bicubic")
+            )
     lines.insert(0, f"Loaded {len(new)} arrays from {file}")
     new |= ours
     model.load_state_dict(state | new)

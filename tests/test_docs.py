@@ -129,10 +129,13 @@ def test_optimizers():
 def test_what_the_bench_takes():
     """Truth: train_small.sh's ${NAME:-default}."""
     text = (ROOT / "train_small.sh").read_text()
-    adamw, others = re.findall('rates_to_try="(.*)"', text)
+    (factors,) = re.findall(r"for factor in \((.*?)\)", text)
+    rates = [
+        f"{float(factor) * RECIPES['bench']().learning_rate:g}" for factor in factors.split(",")
+    ]
     found = dict(re.findall(r"\$\{([A-Z_]+):-(.*?)\}", text)) | {
         "NORMS": "all norm types",
-        "RATES": f"{others}, with AdamW {adamw}",
+        "RATES": f"0.25, 0.5, 1 and 2 times the recipe's: {' '.join(rates)}",
         "NAME": "the recipe, if it is not bench",
     }
     table = rows(section(RECIPE_PAGE, "The bench"))[1:]

@@ -103,6 +103,7 @@ def test_timm_with_qk_norm(tmp_path, norm_type, qk_norm):
         ("LayerScale", "LayerScale", True),
         ("RMS", "RMS", True),
         ("RMS", "LN", False),
+        ("BN", "LN", False),
     ],
 )
 @torch.no_grad()

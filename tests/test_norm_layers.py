@@ -1,4 +1,4 @@
-"""Norm layers and query-key norms against their formulas, those of formulas.py."""
+"""Norm layers and query-key norms against the formulas of formulas.py."""
 
 import copy
 import math

@@ -122,6 +122,16 @@ def test_an_optimizer_has_its_own_entries(line, expected):
     assert (args.momentum, args.betas, args.adamw_factor) == expected
 
 
+def test_a_recipe_may_set_an_optimizer_s_entry(monkeypatch):
+    """Truth: the recipe's value, for the optimizers that have the entry; --set overrides it."""
+    recipe = RECIPES["small"]()
+    recipe.momentum = 0.8
+    monkeypatch.setitem(RECIPES, "own", lambda: recipe)
+    assert flags_of("--recipe own").momentum == 0.8
+    assert flags_of("--recipe own --set optimizer=adamw").momentum is None
+    assert flags_of("--recipe own --set momentum=0.7").momentum == 0.7
+
+
 def test_help_tells_the_recipes_defaults(capsys):
     """Truth: the page of `small`; without it, that of the reference."""
     for line, words in [

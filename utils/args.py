@@ -20,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def refuse(self, flag, reason):
+        self.error(f"argument {flag}: {reason}")
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
@@ -217,38 +220,23 @@ def parse_args(argv=None):
     if dist_util.launched():
         args.processes = int(os.environ["WORLD_SIZE"])
     _check_shapes(parser, args)
-    if args.train_batch_size % args.gradient_accumulation_steps:
-        parser.error(
-            f"argument --train_batch_size: {args.train_batch_size} is not divisible by"
-            f" --gradient_accumulation_steps {args.gradient_accumulation_steps}"
-        )
     if args.fp16 and args.loss_scale and args.fp16_opt_level in ("O0", "O3"):
-        parser.error(
-            f"argument --loss_scale: {args.loss_scale:g} is not allowed with --fp16_opt_level"
-            f" {args.fp16_opt_level}: O1 and O2 scale the loss"
-        )
-    if args.val_split > TRAIN_IMAGES[args.dataset] - args.processes:
-        parser.error(
-            f"argument --val_split: {args.val_split} leaves no training images; {args.dataset} has"
-            f" {TRAIN_IMAGES[args.dataset]}, and a process needs one"
-        )
+        reason = f"is not allowed with --fp16_opt_level {args.fp16_opt_level}"
+        parser.refuse("--loss_scale", f"{args.loss_scale:g} {reason}: O1 and O2 scale the loss")
     if args.position_resize != "auto" and not args.pretrained_dir:
-        parser.error("argument --set: position_resize is not allowed without --pretrained_dir")
+        parser.refuse("--set", "position_resize is not allowed without --pretrained_dir")
     if args.resume and args.overwrite:
-        parser.error("argument --overwrite: not together with --resume")
+        parser.refuse("--overwrite", "not together with --resume")
     if args.amp_backend == "apex":
         if args.optimizer != "sgd" or not args.decay_all or args.ema:
-            parser.error(
-                "argument --amp_backend: apex is not allowed without optimizer=sgd, decay_all=True"
-                " and ema=0"
-            )
+            reason = "apex is not allowed without optimizer=sgd, decay_all=True and ema=0"
+            parser.refuse("--amp_backend", reason)
         try:
             from apex import amp  # noqa: F401
         except ImportError:
-            parser.error(
-                "argument --amp_backend: apex.amp cannot be imported; NVIDIA removed it from apex"
-                " in 2025 (and PyPI's apex is another program); native gives the same levels O0..O3"
-            )
+            reason = "apex.amp cannot be imported; NVIDIA removed it from apex in 2025 (and PyPI's"
+            reason += " apex is another program); native gives the same levels O0..O3"
+            parser.refuse("--amp_backend", reason)
     args.save_every = args.save_every or args.eval_every
     return args
 
@@ -260,11 +248,11 @@ def _set_entries(parser, args):
         name, equals, value = text.partition("=")
         if name not in ENTRIES or not equals:
             allowed = ", ".join(ENTRIES)
-            parser.error(f"argument --set: {text!r} is not allowed: NAME=VALUE, NAME of {allowed}")
+            parser.refuse("--set", f"{text!r} is not allowed: NAME=VALUE, NAME of {allowed}")
         try:
             setattr(args, name, ENTRIES[name](value))
         except argparse.ArgumentTypeError as error:
-            parser.error(f"argument --set: {name}={error}")
+            parser.refuse("--set", f"{name}={error}")
         named.add(name)
     del args.set
     own, recipe = OPTIMIZERS[args.optimizer], RECIPES[args.recipe]()
@@ -272,37 +260,34 @@ def _set_entries(parser, args):
         if name not in named:
             setattr(args, name, recipe.get(name, own[name]) if name in own else None)
         elif name not in own:
-            parser.error(
-                f"argument --set: {name} is not allowed with {args.optimizer}: it has"
-                f" {', '.join(own)}"
-            )
+            reason = f"is not allowed with {args.optimizer}: it has {', '.join(own)}"
+            parser.refuse("--set", f"{name} {reason}")
 
 
 def _check_shapes(parser, args):
-    config = CONFIGS[args.model_type]
-    patch = config.patches.size[0]
-    if args.img_size % patch:
-        parser.error(
-            f"argument --img_size: {args.img_size} is not a multiple of {args.model_type}'s patch"
-            f" of {patch} pixels"
-        )
-    smallest = args.train_batch_size // args.gradient_accumulation_steps
-    remainder = (TRAIN_IMAGES[args.dataset] - args.val_split) % (smallest * args.processes or 1)
-    has_one_token = args.pool == "mean" and args.img_size == patch
-    if has_one_token and issubclass(NORM_TYPES[args.norm_type].norm, BatchNorm):
-        if 1 in (smallest, remainder // args.processes):
-            parser.error(
-                f"argument --norm_type: {args.norm_type} is not allowed with one token an image, as"
-                f" pool=mean and --img_size {args.img_size} give, and a batch of one image"
-            )
-    if args.crop == "shift" and args.img_size != SIDE:
-        parser.error(f"argument --img_size: {args.img_size} is not allowed with crop=shift: {SIDE}")
+    model, side, patch = args.model_type, args.img_size, CONFIGS[args.model_type].patches.size[0]
+    batch, parts = args.train_batch_size, args.gradient_accumulation_steps
+    total = TRAIN_IMAGES[args.dataset]
+    images = total - args.val_split
+    if side % patch:
+        reason = f"{side} is not a multiple of {model}'s patch of {patch} pixels"
+        parser.refuse("--img_size", reason)
+    if args.crop == "shift" and side != SIDE:
+        parser.refuse("--img_size", f"{side} is not allowed with crop=shift: {SIDE}")
     if args.stem != "patch" and patch != 4:
-        parser.error(
-            f"argument --set: stem={args.stem} is not allowed with {args.model_type}: its strides"
-            " make patches of 4 pixels"
-        )
+        reason = f"is not allowed with {model}: its strides make patches of 4 pixels"
+        parser.refuse("--set", f"stem={args.stem} {reason}")
+    if batch % parts:
+        reason = f"{batch} is not divisible by --gradient_accumulation_steps {parts}"
+        parser.refuse("--train_batch_size", reason)
+    if images < args.processes:
+        reason = f"{args.val_split} leaves no training images; {args.dataset} has {total}"
+        parser.refuse("--val_split", f"{reason}, and a process needs one")
+    smallest, last = batch // parts, images % (batch // parts * args.processes) // args.processes
     if (args.mixup or args.cutmix) and smallest < 2:
-        parser.error(
-            f"argument --train_batch_size: {smallest} image in a batch, mixup and cutmix need 2"
-        )
+        reason = f"{smallest} image in a batch, mixup and cutmix need 2"
+        parser.refuse("--train_batch_size", reason)
+    over_batch = issubclass(NORM_TYPES[args.norm_type].norm, BatchNorm)
+    if over_batch and args.pool == "mean" and side == patch and 1 in (smallest, last):
+        reason = f"is not allowed with pool=mean, --img_size {side} and one image in a batch"
+        parser.refuse("--norm_type", f"{args.norm_type} {reason}: one token has no variance")

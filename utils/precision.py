@@ -119,7 +119,7 @@ class Precision:
         """Clip the global norm of the unscaled gradients to `max_norm`."""
         masters = [master for master in self.masters if master.grad is not None]
         grads = [master.grad for master in masters]
-        if self.level == "O3":  # half: their norms, summed in fp32 without copies in fp32
+        if self.level == "O3":  # half gradients: their norms in fp32, without copies of them
             grads = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         self.grad_norm = nn.utils.get_total_norm(grads) / self.state["scale"]
         nn.utils.clip_grads_with_norm_(masters, max_norm, self.grad_norm)

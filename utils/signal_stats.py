@@ -53,8 +53,8 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
 
 
 def signal_scalars(model, images, labels) -> dict[str, float]:
-    """`signal_stats` of the first 128 images, by TensorBoard tag; blocks are counted from 1."""
-    stats = signal_stats(model, images[:IMAGES], labels[:IMAGES])
+    """`signal_stats` by TensorBoard tag; blocks are counted from 1."""
+    stats = signal_stats(model, images, labels)
     return {
         f"signal/{name}/block_{i}": value
         for name, values in stats.items()
