@@ -157,7 +157,7 @@ def memory(args):
     """The peaks of training steps, each in a process of its own."""
     size = "--model_type ViT-B_16 --train_batch_size 64"
     if args.device.type == "cpu":
-        size = "--model_type ViT-64x4_4 --img_size 32 --train_batch_size 256"
+        size = "--model_type ViT-64x24_4 --img_size 32 --train_batch_size 48"
     peaks, half = [], (args.device, "O2", args.half)
     for flags, *how in (("", args.device), ("", *half), (" --grad_checkpointing", *half)):
         with get_context("spawn").Pool(1) as process:
