@@ -21,6 +21,7 @@ def vit_config(patch, hidden_size, num_layers, num_heads, mlp_dim):
             "representation_size": None,
             "positions": "learned",  # or "sincos"
             "stem": "patch",  # or "conv", "conv_bn": two 3x3 convolutions of stride 2
+            "patch_dropout": 0.0,  # share of the patches that are left out of a training image
             "zero_head": False,
             "zero_branches": False,  # the last linear layer of each branch
         }
@@ -60,6 +61,6 @@ def model_config(flags):
     config.classifier = {"token": "token", "mean": "gap"}[flags.pool]
     config.transformer.dropout_rate = flags.dropout
     config.transformer.drop_path_rate = flags.drop_path
-    for entry in ("positions", "stem", "zero_head", "zero_branches"):
+    for entry in ("positions", "stem", "patch_dropout", "zero_head", "zero_branches"):
         config[entry] = getattr(flags, entry)
     return config

@@ -36,6 +36,7 @@ class Embeddings(nn.Module):
             norm = nn.BatchNorm2d(dim // 2) if config.stem == "conv_bn" else nn.Identity()
             first, second = nn.Conv2d(3, dim // 2, 3, 2, 1), nn.Conv2d(dim // 2, dim, 3, 2, 1)
             self.patch_embeddings = nn.Sequential(first, norm, nn.GELU(), second)
+        self.patch_dropout = PatchDropout(config.patch_dropout, self.has_class_token)
         self.dropout = nn.Dropout(config.transformer.dropout_rate)
 
     def forward(self, x):
@@ -43,7 +44,29 @@ class Embeddings(nn.Module):
         if self.has_class_token:
             class_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([class_token, x], dim=1)  #               (B, N, D)
-        return self.dropout(x + self.position_embeddings.to(x.dtype))
+        x = x + self.position_embeddings.to(x.dtype)
+        return self.dropout(self.patch_dropout(x))
+
+
+class PatchDropout(nn.Module):
+    """Leaves a random share of the patches out of each training image, (B, N, D) -> (B, n, D).
+
+    At least one patch stays, and the class token always. Source: Liu et al. 2023 (PatchDropout).
+    """
+
+    def __init__(self, share, has_class_token):
+        super().__init__()
+        self.share, self.class_tokens = share, int(has_class_token)
+
+    def forward(self, x):
+        if not (self.training and self.share):
+            return x
+        batch, tokens, dim = x.shape
+        patches = tokens - self.class_tokens
+        order = torch.rand(batch, patches, device=x.device).argsort(dim=1) + self.class_tokens
+        kept = order[:, : max(1, round(patches * (1 - self.share)))]
+        kept = F.pad(kept, (self.class_tokens, 0))  #           (B, n), 0 is the class token
+        return x.gather(1, kept[:, :, None].expand(-1, -1, dim))
 
 
 def sincos_positions(side, dim):

@@ -1,8 +1,10 @@
-"""Tokens from images, and what a recipe changes in the model: pooling, stem, zeros, drop path."""
+"""Tokens from images, and what a recipe changes in the model: pooling, stem, zeros,
+patch dropout, drop path."""
 
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from formulas import DIM, randomized, tokens, variant
@@ -11,7 +13,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from models.configs import CONFIGS
-from models.embeddings import Embeddings, sincos_positions
+from models.embeddings import Embeddings, PatchDropout, sincos_positions
 from models.fast_cpu import accelerate
 from models.modeling import Attention, Mlp
 from models.norms import NORM_TYPES, QK_NORMS
@@ -176,6 +178,51 @@ def test_query_key_norm_of_a_model(qk_norm):
     complete.load_state_dict(randomized(model).state_dict())
     images, _ = batch()
     torch.testing.assert_close(model(images)[0], complete(images)[0], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- patch dropout
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_patch_dropout_as_timm_s(share, class_token, monkeypatch):
+    """Truth: timm's PatchDropout, given the same random numbers."""
+    numbers, x = torch.rand(5, 16), tokens(batch=5, n=16 + class_token)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: numbers)
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: numbers)
+    theirs = timm.layers.PatchDropout(share, num_prefix_tokens=int(class_token))
+    assert torch.equal(PatchDropout(share, class_token)(x), theirs(x))
+
+
+def test_patch_dropout_is_fair():
+    """Truth: each patch stays with probability 5/8, in each image for itself; none stays twice."""
+    numbered = torch.arange(8.0).expand(4000, 8)[..., None]
+    kept = F.one_hot(PatchDropout(0.4, False)(numbered).long()[..., 0], 8)  # 5 of 8 stay
+    assert kept.shape[1] == 5
+    stays = kept.sum(1)
+    assert stays.max() == 1
+    deviation = math.sqrt(5 / 8 * 3 / 8 / 4000)
+    assert (stays.float().mean(0) - 5 / 8).abs().max() < 4 * deviation
+    same = (stays[::2] == stays[1::2]).all(1).float().mean()  # 56 subsets
+    assert same.item() == pytest.approx(1 / 56, abs=4 * math.sqrt(1 / 56 / 2000))
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+def test_patch_dropout_in_a_model(classifier):
+    """Truth: blocks get a quarter of the 16 patches in training, all in evaluation."""
+    entries = {"classifier": classifier, "patch_dropout": 0.75}
+    model, (images, labels) = variant(entries=entries, patch=4), batch()
+    shapes, first = [], model.transformer.encoder.layer[0]
+    first.register_forward_pre_hook(lambda block, inputs: shapes.append(inputs[0].shape[1]))
+    model.train()(images, labels).backward()
+    model.eval()(images)
+    assert shapes == [4 + (classifier == "token"), 16 + (classifier == "token")]
+    positions = model.transformer.embeddings.position_embeddings
+    touched = (positions.grad != 0).any(-1)[0]
+    assert touched.sum() <= len(images) * 4 + 1
+    plain = variant(entries=entries | {"patch_dropout": 0.0}, patch=4).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(images)[0], model(images)[0])
 
 
 # ---------------------------------------------------------------- drop path

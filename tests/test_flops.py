@@ -88,6 +88,14 @@ def test_stem_of_two_convolutions(stem):
     assert per_image(f"stem={stem}") == pytest.approx(expected, rel=1e-12)
 
 
+def test_patch_dropout():
+    """Truth: blocks of 16 tokens, whose attention costs a 16th; all 64 patches are embedded."""
+    blocks = per_image() - 4 * 64 * 48 * 64 - 6 * 64 * CLASSES
+    attention = 4 * 12 * 64 * 64 * 64
+    expected = (blocks - attention) / 4 + attention / 16 + 4 * 64 * 48 * 64 + 6 * 64 * CLASSES
+    assert per_image("patch_dropout=0.75") == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_model_written_out():
     """Truth: PyTorch's counter over the products of a ViT-64x4_4, one image, in plain lines."""
     dim, mlp, tokens, heads = 64, 128, 64, 2

@@ -108,6 +108,7 @@ ENTRIES = {
     "label_smoothing": _decay,
     "dropout": _decay,
     "drop_path": _decay,
+    "patch_dropout": _decay,
     "pool": _choice("token", "mean"),
     "positions": _choice("learned", "sincos"),
     "stem": _choice("patch", "conv", "conv_bn"),
