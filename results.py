@@ -26,8 +26,14 @@ from glob import glob
 from pathlib import Path
 from statistics import mean, stdev
 
-from recipes import RECIPES
-from utils.comparison import best_learning_rates, grouped, rates_beyond, settings, split
+from utils.comparison import (
+    best_learning_rates,
+    changed_entries,
+    grouped,
+    rates_beyond,
+    settings,
+    split,
+)
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log, read_published
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
@@ -71,15 +77,16 @@ def markdown_tables(runs: list[RunLog]) -> str:
     reference, others, sweeps = split(runs)
     tables = {"Recipe reference": _brief_table(reference)} if reference else {}
     for group, members in grouped(others):
-        tables[_heading(group)] = _test_table(members)
+        tables[_heading(group, members)] = _test_table(members)
     for group, members in grouped(sweeps):
-        heading = f"{_heading(group)}: final validation accuracy (%) by peak learning rate"
+        heading = f"{_heading(group, members)}: final validation accuracy (%) by peak learning rate"
         tables[heading] = _sweep_table(members)
     return "\n\n".join(f"### {heading}\n\n{table}" for heading, table in tables.items())
 
 
-def _heading(group) -> str:
+def _heading(group, members) -> str:
     dataset, recipe, model, steps = group
+    recipe = " ".join([recipe, *changed_entries(members)])
     return f"{dataset}, recipe {recipe}, {model}, {steps} steps"
 
 
@@ -92,11 +99,11 @@ def _brief_table(runs) -> str:
     for run in runs:
         recipe, model = run.flags["recipe"], run.model_type + "*" * run.pretrained
         model += f" at {run.img_size} px" * (run.img_size != 224)
+        recipe = " ".join([recipe, *changed_entries([run])])
         row = run.dataset, recipe, model, run.flags.get("num_steps", 0)
-        own = RECIPES[recipe]().optimizer if recipe in RECIPES else run.flags["optimizer"]
-        usual = {"qk_norm": "none", "optimizer": own}
-        words = [f"{name}={run.flags[name]}" for name in usual if run.flags[name] != usual[name]]
-        cells[row, " ".join([run.norm_type, *words])].append(_cell(run))
+        qk_norm = run.flags["qk_norm"]
+        column = run.norm_type if qk_norm == "none" else f"{run.norm_type} qk_norm={qk_norm}"
+        cells[row, column].append(_cell(run))
         pflop[row] += [run.pflop] if run.pflop else []
     rows, columns = (sorted(set(names)) for names in zip(*cells))
     columns.sort(key=lambda name: name.split()[0] != "LN")  # LN, the baseline, comes first
@@ -217,7 +224,9 @@ def draw(runs: list[RunLog], folder) -> list[Path]:
     points = []
     for group, members in grouped(r for r in reference + others if r.dataset == "cifar10"):
         ended = [r for r in members if r.finished and r.steps and r.pflop and not r.pretrained]
-        label = "ViT-B and ViT-L (reference)" if group[1] == "published" else _heading(group)
+        label = _heading(group, members)
+        if group[1] == "published":
+            label = "ViT-B and ViT-L (reference)"
         points += [(label, run.pflop, run.final_accuracy) for run in ended]
     if points:
         figures["accuracy_by_compute"] = compute_figure(points, PUBLISHED)
@@ -234,7 +243,7 @@ def _suffixed(runs):
     """
     groups = [(g, runs) for g, runs in grouped(runs) if len({s.method for s in settings(runs)}) > 2]
     differing = [i for i in range(4) if len({group[i] for group, _ in groups}) > 1]
-    return [(_heading(g), runs, "".join(f"_{g[i]}" for i in differing)) for g, runs in groups]
+    return [(_heading(g, runs), runs, "".join(f"_{g[i]}" for i in differing)) for g, runs in groups]
 
 
 def _best_rates(runs) -> str:
@@ -242,7 +251,7 @@ def _best_rates(runs) -> str:
     tried; it is given if the best is the lowest or highest of them."""
     sweeps = split(runs)[2]
     if len(grouped(sweeps)) != 1:
-        found = "; ".join(_heading(group) for group, _ in grouped(sweeps)) or "none"
+        found = "; ".join(_heading(*group) for group in grouped(sweeps)) or "none"
         raise UserError(f"--best_rates needs the runs with --val_split of one sweep: {found}")
     best = best_learning_rates(sweeps)
     for method in dict.fromkeys(s.method for s in settings(sweeps) if s.method not in best):

@@ -4,6 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import mean
 
+from recipes import RECIPES
+from utils.args import ENTRIES
 from utils.log_reader import OPERATIONAL, RunLog
 
 # Flags that do not distinguish methods: how a run was carried out, and what its group, its name or
@@ -60,6 +62,16 @@ def settings(runs: list[RunLog]) -> list[Setting]:
         method = ", ".join([run.norm_type + "*" * run.pretrained, *words])
         found[method, run.flags.get("learning_rate", 0.0)].append(run)
     return [Setting(*key, members) for key, members in sorted(found.items())]
+
+
+def changed_entries(runs: list[RunLog]) -> list[str]:
+    """`name=value` of each recipe entry without a flag that all of these runs of one recipe have
+    in common, and otherwise than the recipe.
+    """
+    recipe = RECIPES.get(runs[0].flags["recipe"], dict)()
+    common = [n for n in ENTRIES if len({str(run.flags.get(n)) for run in runs}) == 1]
+    values = {name: runs[0].flags.get(name) for name in common if name in recipe}
+    return [f"{n}={v}" for n, v in values.items() if v is not None and v != recipe[n]]
 
 
 def split(runs) -> tuple[list, list, list]:
