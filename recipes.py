@@ -48,6 +48,7 @@ def reference():
             "dropout": 0.1,
             "drop_path": 0.0,  # of the last block; from 0 linearly over the depth
             "patch_dropout": 0.0,  # share of the patches left out of each training image
+            "patch_dropout_until": 1.0,  # share of the steps, from the first, that leave any out
             "pool": "token",  # or mean, without a class token
             "positions": "learned",  # or sincos
             "stem": "patch",  # or conv, conv_bn: two convolutions, no plain ViT

@@ -32,7 +32,7 @@ from utils.optimizers import make_optimizers
 from utils.precision import HALF_DTYPES, ApexPrecision, Precision
 from utils.run_files import RunFiles, result_flags
 from utils.run_logger import RunLogger
-from utils.scheduler import SCHEDULES
+from utils.scheduler import SCHEDULES, patch_dropout_steps
 from utils.signal_stats import IMAGES as SIGNAL_IMAGES
 from utils.signal_stats import signal_scalars
 from utils.stop_signal import StopSignal
@@ -175,6 +175,7 @@ def train(args, files, device, stop):
         if was_read:
             last_read_at = time.monotonic()
         model.train()
+        model.transformer.embeddings.patch_dropout.active = step < patch_dropout_steps(args)
         seed_step(args.seed, step)
         forward = compiled if step >= MEASURING_STEPS else parallel
         for part in range(parts):

@@ -57,9 +57,10 @@ class PatchDropout(nn.Module):
     def __init__(self, share, has_class_token):
         super().__init__()
         self.share, self.class_tokens = share, int(has_class_token)
+        self.active = True  # train.py ends it before the last steps
 
     def forward(self, x):
-        if not (self.training and self.share):
+        if not (self.training and self.share and self.active):
             return x
         batch, tokens, dim = x.shape
         patches = tokens - self.class_tokens

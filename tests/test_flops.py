@@ -94,6 +94,8 @@ def test_patch_dropout():
     attention = 4 * 12 * 64 * 64 * 64
     expected = (blocks - attention) / 4 + attention / 16 + 4 * 64 * 48 * 64 + 6 * 64 * CLASSES
     assert per_image("patch_dropout=0.75") == pytest.approx(expected, rel=1e-12)
+    until = per_image("patch_dropout=0.75", "patch_dropout_until=0.9", steps=20)
+    assert until == pytest.approx(0.9 * expected + 0.1 * per_image(), rel=1e-12)
 
 
 def test_a_model_written_out():

@@ -23,7 +23,7 @@ REFERENCE = (
     " optimizer=sgd momentum=0.9 betas=None adamw_factor=None decay_all=True ema=0.0 crop=resized"
     " smallest_crop=0.05 flip=False randaugment_ops=0 mixup=0.0 cutmix=0.0 label_smoothing=0.0"
     " dropout=0.1 drop_path=0.0 pool=token positions=learned stem=patch zero_head=False"
-    " zero_branches=False patch_dropout=0.0"
+    " zero_branches=False patch_dropout=0.0 patch_dropout_until=1.0"
 ).split()
 PLAIN = "x_ViT-B_16_norm_LN_fp_False_img_224_pretrain_F"
 SMALL = "x_ViT-64x4_4_norm_LN_fp_False_img_32_pretrain_F"
@@ -38,8 +38,8 @@ data_utils._digits = lambda: few
 EVERYTHING = (
     "--recipe small --model_type ViT-64x4_4 --img_size 32 --train_batch_size 48 --qk_norm rms"
     " --val_split 13 --set ema=0.7 mixup=0.2 cutmix=1.0 randaugment_ops=2 drop_path=0.2"
-    " mix_share=0.8 dropout=0.1 stem=conv_bn patch_dropout=0.3 zero_head=False"
-    " zero_branches=False"
+    " mix_share=0.8 dropout=0.1 stem=conv_bn zero_head=False zero_branches=False"
+    " patch_dropout=0.3 patch_dropout_until=0.5"
 )
 
 
@@ -155,7 +155,7 @@ BAD_ENTRIES = (
     " shift=2.5 flip=yes flip= randaugment_ops=11 randaugment_ops=1.0 randaugment_magnitude=31"
     " mixup=-0.1 mixup=1e3 cutmix=x mix_share=1.1 label_smoothing=1 dropout=1 drop_path=1"
     " drop_path=nan head_factor=0 position_resize=nearest pool=max positions=rotary stem=conv_ln"
-    " zero_head=0 zero_branches=None patch_dropout=1"
+    " zero_head=0 zero_branches=None patch_dropout=1 patch_dropout_until=1.1"
 ).split()
 ONE_TOKEN = "--recipe small --set crop=resized --img_size 4"
 MISTAKES = [  # the line, and what the error must name
@@ -238,6 +238,17 @@ def recorded(self, rate):
     copy()
 precision.Precision.update = recorded
 """
+# "tokens" tells how many tokens of an image each training step's blocks get.
+TOKENS = """
+from models.modeling import Encoder
+forward = Encoder.forward
+def told(self, x):
+    if self.training and x.device.type != "meta":
+        with open("tokens", "a") as file:
+            print(x.shape[1], file=file)
+    return forward(self, x)
+Encoder.forward = told
+"""
 # Image k is all of grey k; "seen.txt" tells which were trained and evaluated on.
 GREYS = """
 def greys(first, n):
@@ -282,6 +293,16 @@ def test_resumes_to_the_bit(forks, reference, tmp_path, norm_type, level):
     assert steps(tmp_path) == [3, 6]
     forks.run(args, tmp_path)
     assert_same(tmp_path, reference(flags))
+
+
+@pytest.mark.parametrize(("until", "expected"), [("0.4", 2), ("0.8", 3), ("1", 4), ("0", 0)])
+def test_patch_dropout_ends(forks, tmp_path, until, expected):
+    """Truth: of 4 steps, the first 4 x `until`, rounded, are on 16 of the 64 patches."""
+    line = "--name x --dataset digits --recipe small --num_steps 4 --train_batch_size 8"
+    line += f" --set patch_dropout=0.75 patch_dropout_until={until}"
+    forks.run(line.split(), tmp_path, TOKENS)
+    counts = (tmp_path / "tokens").read_text().split()
+    assert counts == ["16"] * expected + ["64"] * (4 - expected)
 
 
 @pytest.mark.parametrize("level", ["", "--fp16 --half_dtype bf16"])

@@ -109,6 +109,7 @@ ENTRIES = {
     "dropout": _decay,
     "drop_path": _decay,
     "patch_dropout": _decay,
+    "patch_dropout_until": _share,
     "pool": _choice("token", "mean"),
     "positions": _choice("learned", "sincos"),
     "stem": _choice("patch", "conv", "conv_bn"),

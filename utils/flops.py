@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.modeling import build_model
 from models.norm_layers import Measuring
+from utils.scheduler import patch_dropout_steps
 
 
 def training_pflop(flags, num_classes):
@@ -22,9 +23,14 @@ def training_pflop(flags, num_classes):
     for module in model.modules():
         if isinstance(module, Measuring):
             module.calls = Measuring.MEASURING_CALLS
-    with FlopCounterMode(display=False) as counter:
-        model(images, labels).backward()
-    return counter.get_total_flops() * parts * flags.num_steps * flags.processes / 1e15
+    total, dropping = 0, patch_dropout_steps(flags)
+    for active, steps in ((True, dropping), (False, flags.num_steps - dropping)):
+        model.transformer.embeddings.patch_dropout.active = active
+        with FlopCounterMode(display=False) as counter:
+            if steps:
+                model(images, labels).backward()
+        total += counter.get_total_flops() * steps
+    return total * parts * flags.processes / 1e15
 
 
 def highest_memory():

@@ -25,6 +25,7 @@ NEEDED = {"dataset", "model_type", "norm_type", "fp16", "img_size", "pretrained_
 # Flags that older logs lack, and what their runs did.
 OLDER = {"recipe": "reference", "optimizer": "sgd", "qk_norm": "none", "val_split": 0}
 OLDER |= {"head_factor": 1.0, "position_resize": "auto", "patch_dropout": 0.0}
+OLDER |= {"patch_dropout_until": 1.0}
 # Flags that decide neither the weights nor which of them count as best: they are in no file name,
 # and may change when a run is resumed.
 OPERATIONAL = (

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the peak learning rate at step u = 1..total."""
+"""Schedules over a run: the factor on the peak learning rate at step u = 1..total, and others."""
 
 import math
 
@@ -18,3 +18,8 @@ def warmup_linear(u, warmup, total):
 
 
 SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear}
+
+
+def patch_dropout_steps(flags):
+    """How many steps leave patches out; the others train on all of them, as evaluation does."""
+    return round(flags.patch_dropout_until * flags.num_steps)
