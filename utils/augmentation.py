@@ -81,9 +81,9 @@ def shifted(images, shifts, flipped=None):
     rows, columns = reflected(shifts[:, 0]), reflected(shifts[:, 1])
     if flipped is not None:
         columns = torch.where(flipped[:, None], columns.flip(1), columns)
-    number = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(3, device=images.device)[None, :, None, None]
-    return images[number, rows[:, None, :, None], channel, columns[:, None, None, :]]
+    number = torch.arange(len(images), device=images.device)
+    x = images[number[:, None], rows]  # (B, 32, 3, 32): a row of three channels is one piece
+    return x.gather(3, columns[:, None, None, :].expand_as(x)).transpose(1, 2)
 
 
 def mixed(x, targets, draws):
