@@ -224,7 +224,7 @@ def draw(runs: list[RunLog], folder) -> list[Path]:
     points = []
     for group, members in grouped(r for r in reference + others if r.dataset == "cifar10"):
         ended = [r for r in members if r.finished and r.steps and r.pflop and not r.pretrained]
-        label = _heading(group, members)
+        label = _heading(group, members).removeprefix("cifar10, recipe ")
         if group[1] == "published":
             label = "ViT-B and ViT-L (reference)"
         points += [(label, run.pflop, run.final_accuracy) for run in ended]

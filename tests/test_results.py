@@ -427,9 +427,9 @@ def test_figure_of_compute(tmp_path, log, figures):
     (axes,) = figures["accuracy_by_compute"].axes
     found = {line.get_label(): points(line) for line in axes.lines}
     assert found == {
-        "cifar10, recipe reference, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 55)],
-        "cifar10, recipe small, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 60)],
-        "cifar10, recipe small, ViT-64x4_4 at 32 px, 400 steps": [(0.012345, 70)],
+        "reference, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 55)],
+        "small, ViT-64x4_4 at 32 px, 200 steps": [(0.012345, 60)],
+        "small, ViT-64x4_4 at 32 px, 400 steps": [(0.012345, 70)],
         "ViT-B and ViT-L (reference)": [(67.1, 67.6)],
         "published": [pytest.approx((pflop, 100 * value)) for _, pflop, value in results.PUBLISHED],
     }
