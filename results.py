@@ -26,14 +26,7 @@ from glob import glob
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils.comparison import (
-    best_learning_rates,
-    changed_entries,
-    grouped,
-    rates_beyond,
-    settings,
-    split,
-)
+from utils.comparison import best_learning_rates, changes, grouped, rates_beyond, settings, split
 from utils.errors import UserError, reported
 from utils.log_reader import RunLog, read_log, read_published
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
@@ -86,7 +79,7 @@ def markdown_tables(runs: list[RunLog]) -> str:
 
 def _heading(group, members) -> str:
     dataset, recipe, model, steps = group
-    recipe = " ".join([recipe, *changed_entries(members)])
+    recipe = " ".join([recipe, *changes(members)])
     return f"{dataset}, recipe {recipe}, {model}, {steps} steps"
 
 
@@ -99,7 +92,7 @@ def _brief_table(runs) -> str:
     for run in runs:
         recipe, model = run.flags["recipe"], run.model_type + "*" * run.pretrained
         model += f" at {run.img_size} px" * (run.img_size != 224)
-        recipe = " ".join([recipe, *changed_entries([run])])
+        recipe = " ".join([recipe, *changes([run])])
         row = run.dataset, recipe, model, run.flags.get("num_steps", 0)
         qk_norm = run.flags["qk_norm"]
         column = run.norm_type if qk_norm == "none" else f"{run.norm_type} qk_norm={qk_norm}"

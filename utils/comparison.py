@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import mean
 
 from recipes import RECIPES
-from utils.args import ENTRIES
 from utils.log_reader import OPERATIONAL, RunLog
 
 # Flags that do not distinguish methods: how a run was carried out, and what its group, its name or
@@ -64,14 +63,19 @@ def settings(runs: list[RunLog]) -> list[Setting]:
     return [Setting(*key, members) for key, members in sorted(found.items())]
 
 
-def changed_entries(runs: list[RunLog]) -> list[str]:
-    """`name=value` of each recipe entry without a flag that all of these runs of one recipe have
-    in common, and otherwise than the recipe.
+def changes(runs: list[RunLog]) -> list[str]:
+    """`name=value` of what all of these runs of one recipe have in common, but not with the recipe.
+
+    The warmup is left out: it usually changes with the number of steps.
     """
     recipe = RECIPES.get(runs[0].flags["recipe"], dict)()
-    common = [n for n in ENTRIES if len({str(run.flags.get(n)) for run in runs}) == 1]
-    values = {name: runs[0].flags.get(name) for name in common if name in recipe}
-    return [f"{n}={v}" for n, v in values.items() if v is not None and v != recipe[n]]
+    names = [name for name in recipe if name not in NO_METHOD | {"warmup_steps"}]
+    values = {name: {str(run.flags.get(name)) for run in runs} for name in names}
+    return [
+        f"{name}={value}"
+        for name, (value, *others) in values.items()
+        if not others and value not in ("None", str(recipe[name]))
+    ]
 
 
 def split(runs) -> tuple[list, list, list]:
