@@ -65,9 +65,14 @@ class PatchDropout(nn.Module):
         batch, tokens, dim = x.shape
         patches = tokens - self.class_tokens
         order = torch.rand(batch, patches, device=x.device).argsort(dim=1) + self.class_tokens
-        kept = order[:, : max(1, round(patches * (1 - self.share)))]
+        kept = order[:, : kept_patches(patches, self.share)]
         kept = F.pad(kept, (self.class_tokens, 0))  #           (B, n), 0 is the class token
         return x.gather(1, kept[:, :, None].expand(-1, -1, dim))
+
+
+def kept_patches(patches, share):
+    """How many of an image's patches stay when patch dropout leaves out a `share` of them."""
+    return max(1, round(patches * (1 - share)))
 
 
 def sincos_positions(side, dim):

@@ -179,6 +179,10 @@ MISTAKES = [  # the line, and what the error must name
         f"{ONE_TOKEN} --norm_type BN --train_batch_size 1",
         ["--norm_type", "BN", "one token", "--img_size 4"],
     ),
+    (
+        "--recipe small --norm_type BN --train_batch_size 1 --set patch_dropout=0.99",
+        ["--norm_type", "BN", "one token", "patch_dropout=0.99"],
+    ),
     (f"{ONE_TOKEN} --norm_type RepBN --val_split 79", ["--norm_type", "RepBN", "one token"]),
     ("--val_split -1", ["--val_split", "'-1'", "from 0"]),
     ("--set crop=shift --img_size 64", ["--img_size", "64", "crop=shift", "32"]),

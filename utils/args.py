@@ -7,6 +7,7 @@ import re
 import textwrap
 
 from models.configs import CONFIGS
+from models.embeddings import kept_patches
 from models.norm_layers import BatchNorm
 from models.norms import NORM_TYPES, QK_NORMS
 from recipes import OPTIMIZERS, RECIPES
@@ -290,6 +291,8 @@ def _check_shapes(parser, args):
         reason = f"{smallest} image in a batch, mixup and cutmix need 2"
         parser.refuse("--train_batch_size", reason)
     over_batch = issubclass(NORM_TYPES[args.norm_type].norm, BatchNorm)
-    if over_batch and args.pool == "mean" and side == patch and 1 in (smallest, last):
-        reason = f"is not allowed with pool=mean, --img_size {side} and one image in a batch"
-        parser.refuse("--norm_type", f"{args.norm_type} {reason}: one token has no variance")
+    tokens = kept_patches((side // patch) ** 2, args.patch_dropout) + (args.pool == "token")
+    if over_batch and tokens == 1 and 1 in (smallest, last):
+        given = f"pool=mean, --img_size {side}, patch_dropout={args.patch_dropout:g}"
+        reason = f"is not allowed with {given} and one image in a batch: one token has no variance"
+        parser.refuse("--norm_type", f"{args.norm_type} {reason}")
