@@ -25,10 +25,11 @@ def training_pflop(flags, num_classes):
             module.calls = Measuring.MEASURING_CALLS
     total, dropping = 0, patch_dropout_steps(flags)
     for active, steps in ((True, dropping), (False, flags.num_steps - dropping)):
+        if not steps:
+            continue
         model.transformer.embeddings.patch_dropout.active = active
         with FlopCounterMode(display=False) as counter:
-            if steps:
-                model(images, labels).backward()
+            model(images, labels).backward()
         total += counter.get_total_flops() * steps
     return total * parts * flags.processes / 1e15
 
