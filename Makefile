@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-# Handwritten digits, which scikit-learn holds. Run in demo/, away from other runs' files.
+# On scikit-learn's handwritten digits. Run in demo/, away from other runs' files.
 DEMO = cd demo && ../$(BIN)/python
 DEMO_RUN = ../train.py --name demo --recipe small --dataset digits --train_batch_size 64 \
 	--num_steps 400 --warmup_steps 40 --eval_every 50 --set flip=False pool=token

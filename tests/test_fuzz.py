@@ -112,10 +112,8 @@ NUMBER = st.one_of(
 )
 COUNT = st.integers(1, 9).map(str) | st.just("10000000")
 SETTINGS = "pool=mean zero_head=True zero_branches=True positions=sincos stem=conv".split()
-SETTINGS += "ema=0.9 optimizer=muon optimizer=adamw mixup=1 cutmix=1 drop_path=0.5".split() + [
-    "patch_dropout=0.9"
-]
-SETTINGS += ["randaugment_ops=2"]
+SETTINGS += "ema=0.9 optimizer=muon optimizer=adamw mixup=1 cutmix=1 drop_path=0.5".split()
+SETTINGS += ["randaugment_ops=2", "patch_dropout=0.9"]
 VALID = {
     "--norm_type": st.sampled_from(list(NORM_TYPES)),
     "--qk_norm": st.sampled_from(list(QK_NORMS)),

@@ -82,7 +82,7 @@ def shifted(images, shifts, flipped=None):
     if flipped is not None:
         columns = torch.where(flipped[:, None], columns.flip(1), columns)
     number = torch.arange(len(images), device=images.device)
-    x = images[number[:, None], rows]  # (B, 32, 3, 32): a row of three channels is one piece
+    x = images[number[:, None], rows]  # (B, 32, 3, 32); rows first, as each is contiguous
     return x.gather(3, columns[:, None, None, :].expand_as(x)).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Schedules over a run: the factor on the peak learning rate at step u = 1..total, and others."""
+"""Schedules: the factor on the peak learning rate at step u = 1..total, and patch dropout's end."""
 
 import math
 
