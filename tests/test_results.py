@@ -13,8 +13,9 @@ from matplotlib.image import imread
 from programs import ROOT, call, refused, run, write_log
 
 import results
-from utils.args import parse_args
-from utils.comparison import best_learning_rates
+from recipes import reference
+from utils.args import ENTRIES, parse_args
+from utils.comparison import FLAGS, best_learning_rates
 from utils.flops import training_pflop
 from utils.log_reader import read_log, read_published
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure
@@ -100,7 +101,7 @@ def test_the_reference_s_recipe(tmp_path, log):
     ]
     usual = {"recipe": "reference", "optimizer": "sgd", "img_size": 224}
     logs += [log("LN", 0.5, **usual), log("LN", 0.5, **usual), log("LNS", "stopped", **usual)]
-    logs += [log("LN", 0.5, **usual, pretrained_dir="x.npz")]
+    logs += [log("LN", 0.5, **usual, pretrained_dir="x.npz", train_batch_size=64)]
     logs += [log("LN", 0.5, **usual | {"optimizer": "adamw"}, qk_norm="rms")]
     assert table(*logs) == [
         "### Recipe reference",
@@ -115,6 +116,11 @@ def test_the_reference_s_recipe(tmp_path, log):
         "| digits | reference | ViT-Ti_16 at 32 px | 500 |  | 98.4 (12.0 min) |  |"
         " 31.1 (at step 200 of 500) | no evaluation |  |",
     ]
+
+
+def test_flags_are_told_from_entries():
+    """Truth: the names that --set takes."""
+    assert {*reference()} - ENTRIES.keys() == {*FLAGS}
 
 
 def test_brief(log):

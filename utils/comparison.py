@@ -11,6 +11,9 @@ from utils.log_reader import OPERATIONAL, RunLog
 # its column in a table says already.
 NO_METHOD = {*OPERATIONAL, "eval_every", "dataset", "recipe", "model_type", "num_steps"}
 NO_METHOD |= {"norm_type", "learning_rate", "seed", "img_size", "pretrained_dir"}
+# What a recipe sets that has a flag. The rest are entries for --set.
+FLAGS = "model_type img_size train_batch_size num_steps learning_rate weight_decay".split()
+FLAGS += "warmup_steps decay_type max_grad_norm eval_every".split()
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,16 @@ def settings(runs: list[RunLog]) -> list[Setting]:
 
 
 def changes(runs: list[RunLog]) -> list[str]:
-    """`name=value` of what all of these runs of one recipe have in common, but not with the recipe.
-
-    The warmup is left out: it usually changes with the number of steps.
+    """`name=value` of the entries without a flag that all of these runs of one recipe have in
+    common, but not with the recipe.
     """
     recipe = RECIPES.get(runs[0].flags["recipe"], dict)()
-    names = [name for name in recipe if name not in NO_METHOD | {"warmup_steps"}]
-    values = {name: {str(run.flags.get(name)) for run in runs} for name in names}
-    return [
-        f"{name}={value}"
-        for name, (value, *others) in values.items()
-        if not others and value not in ("None", str(recipe[name]))
-    ]
+    changed = []
+    for name in [name for name in recipe if name not in FLAGS]:
+        value, *others = [run.flags.get(name) for run in runs]
+        if value not in (None, recipe[name]) and all(other == value for other in others):
+            changed.append(f"{name}={value}")
+    return changed
 
 
 def split(runs) -> tuple[list, list, list]:
