@@ -66,7 +66,7 @@ def _keep_freed_memory():
 
 
 @torch.library.custom_op(
-    "rescalevit::keep_mask", mutates_args=(), tags=torch.Tag.nondeterministic_seeded
+    "rescalevit::keep_mask", mutates_args=(), tags=[torch.Tag.nondeterministic_seeded]
 )
 def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """0 with probability p, else 1, independently: x's shape, in bfloat16, on the CPU.
