@@ -136,7 +136,10 @@ def bench_no_warmup():
 def bench_12_blocks():
     """`bench` with 12 blocks instead of 4: 0.016 PFLOP a run.
 
-    RECIPE=bench_12_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+        RECIPE=bench_12_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+
+    Half a minute a run on an NVIDIA H100. Test accuracy: DeepNorm 63.6 %, LN and RescaleNet 62.9 %,
+    LNS 60.3 %.
     """
     recipe = bench()
     recipe.update(model_type="ViT-64x12_4")
@@ -146,7 +149,10 @@ def bench_12_blocks():
 def bench_24_blocks():
     """`bench` with 24 blocks instead of 4: 0.03 PFLOP a run.
 
-    RECIPE=bench_24_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+        RECIPE=bench_24_blocks NORMS="LN DeepNorm LNS RescaleNet" sh train_small.sh
+
+    A minute a run on an NVIDIA H100. Test accuracy: DeepNorm 65.2 %, RescaleNet 64.0 %, LN 62.0 %,
+    LNS 59.4 %.
     """
     recipe = bench()
     recipe.update(model_type="ViT-64x24_4")

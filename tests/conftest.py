@@ -9,6 +9,9 @@ import pytest
 from forks import Forks
 from runs import RUN, left
 
+# The CPU's computation is tested; check_gpu.py compares a GPU's with it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # torch.compile's cache does not tell apart for which instructions its programs were made: those
 # made without ATEN_CPU_CAPABILITY=avx2 give NaN with it, or overwrite memory the other way round.
 CACHE = f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
