@@ -7,6 +7,7 @@ command.
 import shutil
 
 import pytest
+import torch
 from programs import TINY, events, refused, run
 from runs import (
     AFTER_RENAME,
@@ -281,6 +282,16 @@ def test_other_flags_are_an_error_that_lists_them(forks, tmp_path):
         "--seed 7 (there 42)",
     )
     assert "batch" not in line.split("other flags")[1]
+
+
+def test_checkpoint_from_before_an_entry_existed(forks, reference, tmp_path):
+    forks.run([*RUN, "--stop_after", "6"], tmp_path)
+    (file,) = tmp_path.glob("output/*_step_6.bin")
+    saved = torch.load(file, weights_only=True)
+    del saved["flags"]["patch_dropout"], saved["flags"]["patch_dropout_until"]
+    torch.save(saved, file)
+    forks.run(RESUME, tmp_path)
+    assert_same(tmp_path, reference())
 
 
 def test_another_machine_is_noted(forks, tmp_path):

@@ -18,6 +18,7 @@ from utils import dist_util
 from utils.args import ENTRIES
 from utils.data_utils import CLASSES, DATASETS
 from utils.errors import UserError
+from utils.log_reader import OLDER
 from utils.run_files import result_flags
 
 FORMAT = 4  # of the checkpoints that continue a run
@@ -158,7 +159,7 @@ def _check_continues(args, saved, path):
         raise UserError(f"--resume {path}: holds weights only, a run cannot continue from it")
     if saved.get("format") != FORMAT:
         raise UserError(f"--resume {path}: was written by another version of this program")
-    ours, theirs = result_flags(args), saved["flags"]
+    ours, theirs = result_flags(args), OLDER | saved["flags"]
     differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
     if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
         differing -= {"num_steps"}  # during the warmup the schedule does not depend on it
