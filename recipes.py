@@ -112,7 +112,7 @@ def bench_adamw():
         RECIPE=bench_adamw NORMS="LN BN DyT Derf ResPost SkipInit" sh train_small.sh
 
     0.0053 PFLOP a run, two minutes on one core of an AMD EPYC (Zen 4). Test accuracy: ResPost, BN
-    and LN 52 %, SkipInit 51 %, DyT and Derf 48 to 49 %. Learning rate x weight decay is the same as
+    and LN 52 %, SkipInit 51 %, DyT and Derf 49 %. Learning rate x weight decay is the same as
     in `bench`.
     """
     recipe = bench()
