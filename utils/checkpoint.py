@@ -18,7 +18,6 @@ from utils import dist_util
 from utils.args import ENTRIES
 from utils.data_utils import CLASSES, DATASETS
 from utils.errors import UserError
-from utils.log_reader import OLDER
 from utils.run_files import result_flags
 
 FORMAT = 4  # of the checkpoints that continue a run
@@ -105,12 +104,16 @@ def load_model(path, vis=False):
     saved = load_checkpoint(path)
     if "flags" not in saved:
         raise UserError(f"{path} holds weights alone, not the flags of their run")
-    flags = SimpleNamespace(qk_norm="none", val_split=0, **reference().to_dict())  # for older runs
-    vars(flags).update(saved["flags"])
+    flags = SimpleNamespace(**flags_of(saved))
     check_flags(flags, f"{path}: its ")
     model = build_model(flags, len(CLASSES[flags.dataset]), vis)
     load_weights(model, saved["model"], path)
     return model, flags
+
+
+def flags_of(saved):
+    """A checkpoint's flags, and for those that are newer, the values for what it did."""
+    return {"qk_norm": "none", "val_split": 0} | reference().to_dict() | saved["flags"]
 
 
 def check_flags(flags, source):
@@ -159,7 +162,7 @@ def _check_continues(args, saved, path):
         raise UserError(f"--resume {path}: holds weights only, a run cannot continue from it")
     if saved.get("format") != FORMAT:
         raise UserError(f"--resume {path}: was written by another version of this program")
-    ours, theirs = result_flags(args), OLDER | saved["flags"]
+    ours, theirs = result_flags(args), flags_of(saved)
     differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
     if ours["num_steps"] > theirs["num_steps"] and saved["run"]["step"] <= args.warmup_steps:
         differing -= {"num_steps"}  # during the warmup the schedule does not depend on it

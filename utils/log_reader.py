@@ -22,7 +22,7 @@ EVALUATION = re.compile(
     r"^Global Steps: (\d+)\nValid Loss: (nan|-?inf|\d+\.\d{5})\nValid Accuracy: (\d\.\d{5})$", re.M
 )
 NEEDED = {"dataset", "model_type", "norm_type", "fp16", "img_size", "pretrained_dir"}  # flags
-# Flags that older logs and checkpoints lack, and what their runs did.
+# Flags that older logs lack, and what their runs did.
 OLDER = {"recipe": "reference", "optimizer": "sgd", "qk_norm": "none", "val_split": 0}
 OLDER |= {"head_factor": 1.0, "position_resize": "auto", "patch_dropout": 0.0}
 OLDER |= {"patch_dropout_until": 1.0}
