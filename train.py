@@ -237,4 +237,4 @@ def seed_step(seed, step):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    dist_util.leave(main())

@@ -115,6 +115,14 @@ def test_mistake_gets_one_line_and_leaves_no_file(forks, traps, mistake):
     assert not [*traps.glob("output/[!.]*")] + [*traps.glob("logs/[!.]*")]
 
 
+def test_several_processes_leave_without_python_s_clean_up():
+    code = "import atexit; from utils.dist_util import leave; atexit.register(print, 'cleaned up')"
+    for env, left in (({}, "done\ncleaned up\n"), ({"RANK": "1", "WORLD_SIZE": "2"}, "done\n")):
+        command = [sys.executable, "-c", f"{code}; print('done'); leave(3)"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(env), stdout=subprocess.PIPE)
+        assert (done.returncode, done.stdout.decode()) == (3, left)
+
+
 def test_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
