@@ -1,4 +1,4 @@
-"""Checks what this machine's GPUs compute against its CPU; prints a table for the README.
+"""Checks what this machine's GPUs compute against its CPU, for docs/half_precision.md.
 
     python3 check_gpu.py [--only levels scale ...] [--norm_types LN ...]
 

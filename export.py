@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from models.configs import model_config
 from models.folding import fold
 from models.norm_layers import LayerNorm, RMSNorm
-from models.timm_names import TIMM_NAMES
+from models.timm_layout import TIMM_NAMES
 from utils.checkpoint import load_model, write_file
 from utils.data_utils import CLASSES
 from utils.errors import UserError, reported

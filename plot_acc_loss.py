@@ -28,7 +28,7 @@ OUT_DIR = "img/plot_acc_loss"
 
 
 def plot_log(path, out_dir=OUT_DIR) -> Path:
-    """Draws one log's figure and returns its path. Raises UserError, OSError."""
+    """Draw one log's figure and returns its path. Raises UserError, OSError."""
     run = read_log(path)
     if not run.steps:
         raise UserError(f"{path} holds no evaluation")
@@ -39,7 +39,7 @@ def plot_log(path, out_dir=OUT_DIR) -> Path:
 
 
 def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
-    """Draws one figure of several logs and returns its path. Raises UserError, OSError.
+    """Draw one figure of several logs and returns its path. Raises UserError, OSError.
 
     A log without an evaluation is left out, and named on stderr.
     """
@@ -49,7 +49,7 @@ def plot_comparison(paths, out_dir=OUT_DIR) -> Path:
 
 
 def plot_reference(paths, reference_paths, out_dir=OUT_DIR) -> Path:
-    """Draws our runs on the reference's curves and returns its path. Raises UserError, OSError."""
+    """Draw our runs on the reference's curves and returns its path. Raises UserError, OSError."""
     ours, references = _with_evaluations(paths), _with_evaluations(reference_paths)
     curves = [_curves(runs, map(_label, runs)) for runs in (ours, references)]
     return save_figure(reference_figure(*curves), Path(out_dir) / "reference.png")

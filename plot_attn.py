@@ -32,7 +32,7 @@ OUT_DIR = "img/plot_attn"
 
 @torch.no_grad()
 def plot_attention(model, image, name, layers=LAYERS, out_dir=OUT_DIR, title="input") -> list[Path]:
-    """Draws the attention of those `layers` (blocks) that the model has; returns the files' paths.
+    """Draw the attention of those `layers` (blocks) that the model has; returns the files' paths.
 
     model: built with vis=True; returns (logits, one (B, heads, N, N) tensor a block).
     image: (1, 3, S, S) in [-1, 1]. name: of the files, such as the norm type. title: the image's,

@@ -10,8 +10,8 @@ attention and the effective rank of its output, as utils/signal_stats.py defines
 their start. Models at their start are those of the first checkpoint's flags, where there is one,
 with the seed its run began with.
 
-A norm type that measures its first training batches is first run on as many in training mode, 128
-images each, uncropped. The others are taken as constructed: BatchNorm normalizes nothing yet.
+A norm type with statistics, such as BatchNorm, first averages them over 8 training batches of 128
+images, uncropped. The others are taken as constructed.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.modeling import build_model
 from models.norms import MEASURING_STEPS, NORM_TYPES
@@ -36,13 +37,16 @@ AT_START = {"model_type": "ViT-Ti_4", "img_size": 32, "dataset": "cifar10"}  # b
 
 
 def model_at_start(flags, dataset):
-    """The model of `flags` at the start of training, after any measuring of its first batches.
+    """The model of `flags` at the start of training, with statistics of its first batches.
 
     Seeds the random state.
     """
     torch.manual_seed(flags.seed)
     model = build_model(flags, len(dataset.classes))
-    if any(getattr(module, "measuring", False) for module in model.modules()):
+    batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in batch_norms:
+        norm.momentum = None  # the mean over all batches
+    if batch_norms or any(getattr(module, "measuring", False) for module in model.modules()):
         with torch.no_grad():
             for images in dataset.train_images.split(IMAGES)[:MEASURING_STEPS]:
                 model.train()(resize(images, flags.img_size))

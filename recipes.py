@@ -64,7 +64,8 @@ def small():
 
         python3 train.py --name small --recipe small --norm_type LN --fp16
 
-    0.026 PFLOP. CIFAR-10, one run each, on one core of an AMD EPYC (Zen 5, with bf16 units):
+    0.026 PFLOP: 76.5 % on CIFAR-10, in eight minutes on one core of an AMD EPYC (Zen 4, busy).
+    One run each, on one core of an AMD EPYC (Zen 5, with bf16 units):
     0.015 PFLOP, --num_steps 1800 --warmup_steps 90: LN 70.4 % in 4.5 minutes, RescaleNet 71.6 %;
     0.040 PFLOP, --num_steps 4880 --warmup_steps 244: LN 78.8 % in 6.3 minutes, BN 80.7 %.
     BN with --set patch_dropout=0.5 --learning_rate 0.01 and 10,600 steps: 82.3 % in 0.040 PFLOP.
@@ -98,8 +99,8 @@ def bench():
 
         python3 train.py --name rates --recipe bench --norm_type LN --val_split 5000
 
-    On one core of an AMD EPYC (Zen 5), about 1.4 minutes, without its evaluation. The results
-    are in docs/results.md.
+    On one core of an AMD EPYC (Zen 5), about 1.4 minutes, without its evaluation. Test accuracy:
+    LN 61.0 %, BN 67.1 %; the other types are in README.md.
     """
     recipe = small()
     recipe.update(num_steps=650, warmup_steps=65, eval_every=650)
@@ -123,7 +124,8 @@ def bench_adamw():
 def bench_no_warmup():
     """`bench` without a warmup: which norm types need one?
 
-        RECIPE=bench_no_warmup NORMS="LN Post DeepNorm TFixup SigmaReparam" sh train_small.sh
+        python3 train.py --name rates_bench_no_warmup --recipe bench_no_warmup --norm_type Post \
+          --learning_rate 0.02 --val_split 5000
 
     0.0053 PFLOP a run, two minutes on one core of an AMD EPYC (Zen 4). All five train; only
     SigmaReparam loses, on held-out images: 53.8 % (with a warmup 55.5). Post reached 63.8 (62.6).

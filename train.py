@@ -21,7 +21,7 @@ from models.pretrained import load_pretrained
 from utils import dist_util
 from utils.args import parse_args
 from utils.augmentation import Augmentation
-from utils.checkpoint import find_checkpoint, lock, save_run, save_weights
+from utils.checkpoint import find_checkpoint, lock, restore, save_run, save_weights
 from utils.data_utils import Resizer, TestBatches, TrainBatches, hold_out, load_dataset
 from utils.divergence import check_finite
 from utils.errors import reported
@@ -97,25 +97,19 @@ def train(args, files, device, stop):
     )
     test_batches = TestBatches(dataset, args.eval_batch_size, resizer, device, *processes)
 
-    # Where it stands
+    # The state of the run
     run = {"step": 0, "skipped_in_a_row": 0, "machine": machine}
     run |= {"seconds": 0.0, "seconds_of_training": 0.0}
     run |= {"evaluated": 0, "accuracy": 0.0, "best_accuracy": 0.0}
-    saved_at = None  # the step and the last evaluation of the newest checkpoint
     if saved:
-        precision.load_state_dict(saved)
-        run = saved["run"]
-        saved_at = run["step"], run["evaluated"]
-        if run["machine"] != machine:
-            notes.append(f"Not exact from here on: {machine}; before, {run['machine']}")
-            run["machine"] = machine
-        if not files.best.exists():  # e.g. --resume FILE continues under another name
-            run["best_accuracy"] = 0.0
+        run, changes = restore(saved, precision, machine, files)
+        notes += changes
+    saved_at = (run["step"], run["evaluated"]) if saved else None  # of the newest checkpoint
     if args.fp16 and args.half_dtype == "auto" and half_dtype is None:
-        notes.append("--fp16 computes in fp32 here: no bf16 units; --half_dtype bf16 insists")
+        notes.append("--fp16 computes in fp32 here: no bf16 units; --half_dtype bf16 forces bf16")
     if args.warmup_steps > args.num_steps:
         notes.append(f"The warmup of {args.warmup_steps} steps is longer than the run")
-    if args.overwrite and dist_util.is_main():  # only now, with all that the new run needs loaded
+    if args.overwrite and dist_util.is_main():  # only now that all the new run needs is loaded
         for path in files.checkpoints():
             path.unlink()
     log = RunLogger(files.log, files.tensorboard, dist_util.is_main(), saved)
@@ -138,32 +132,35 @@ def train(args, files, device, stop):
     quiet = not (dist_util.is_main() and sys.stderr.isatty())
     bar = tqdm(total=args.num_steps, initial=first, unit="step", miniters=1, disable=quiet)
     began = time.monotonic() - run["seconds"]
-    last_read = first  # the step up to which the losses were read
+    last_read = first  # the step up to which the losses have been read
 
-    for step in range(first, last + 1):  # `step` steps are done, skipped ones included
+    def evaluate_and_log(step):
+        forward = eval_model if step >= MEASURING_STEPS else model
+        with precision.averaged():
+            result = evaluate(forward, test_batches, precision, stop)
+            if not result:  # asked to stop
+                return
+            loss, run["accuracy"] = result
+            run["evaluated"] = step
+            log.log_evaluation(step, len(test_batches), args.eval_batch_size, loss, run["accuracy"])
+            log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
+            if args.log_signal and dist_util.is_main():
+                images, labels = test_batches.first(SIGNAL_IMAGES)
+                log.attention(step, model, images)
+                log.scalars(step, signal_scalars(model, images, labels))
+            if run["accuracy"] > run["best_accuracy"]:
+                run["best_accuracy"] = run["accuracy"]
+                if dist_util.is_main():
+                    save_weights(files.best, precision, run, args)
+                log.info(f"Saved model checkpoint to [DIR: {args.output_dir}]")
+
+    for step in range(first, last + 1):  # `step` steps have been taken, skipped ones included
         run["step"] = step
         if step > run["evaluated"] and (step % args.eval_every == 0 or step == args.num_steps):
-            forward = eval_model if step >= MEASURING_STEPS else model
-            with precision.averaged():
-                result = evaluate(forward, test_batches, precision, stop)
-                if result:
-                    loss, run["accuracy"] = result
-                    run["evaluated"] = step
-                    sizes = len(test_batches), args.eval_batch_size
-                    log.log_evaluation(step, *sizes, loss, run["accuracy"])
-                    log.scalars(step, {"test/loss": loss, "test/accuracy": run["accuracy"]})
-                    if args.log_signal and dist_util.is_main():
-                        images, labels = test_batches.first(SIGNAL_IMAGES)
-                        log.attention(step, model, images)
-                        log.scalars(step, signal_scalars(model, images, labels))
-                    if run["accuracy"] > run["best_accuracy"]:
-                        run["best_accuracy"] = run["accuracy"]
-                        if dist_util.is_main():
-                            save_weights(files.best, precision, run, args)
-                        log.info(f"Saved model checkpoint to [DIR: {args.output_dir}]")
+            evaluate_and_log(step)
 
-        was_read = step == last_read
-        stopping = was_read and stop.agreed()
+        losses_are_read = step == last_read
+        stopping = losses_are_read and stop.agreed()
         if stopping or step == last or (step > 0 and step % args.save_every == 0):
             run["seconds"] = time.monotonic() - began
             if dist_util.is_main() and saved_at != (step, run["evaluated"]):
@@ -172,7 +169,7 @@ def train(args, files, device, stop):
         if stopping or step == last:
             break
 
-        if was_read:
+        if losses_are_read:
             last_read_at = time.monotonic()
         model.train()
         model.transformer.embeddings.patch_dropout.active = step < patch_dropout_steps(args)
@@ -220,7 +217,7 @@ def train(args, files, device, stop):
 
 
 def precision_of(args, device):
-    """The level, and the type of half precision or None, that the flags mean on this device."""
+    """The level and the half type, or None, that the flags select on this device."""
     if not args.fp16:
         return "O0", None
     half = args.half_dtype

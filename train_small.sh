@@ -21,9 +21,11 @@ python=${PYTHON:-python3} here=$(dirname "$0")
 names="from models.norms import NORM_TYPES; print(*NORM_TYPES)"
 norms=${NORMS:-$(PYTHONPATH=$here "$python" -c "$names")}
 # A quarter, a half, once and twice the recipe's learning rate
-grid="from recipes import RECIPES; rate = RECIPES['$recipe']().learning_rate
+grid="import sys; from recipes import RECIPES
+if '$recipe' not in RECIPES: sys.exit('$0: RECIPE $recipe is none of ' + ', '.join(RECIPES))
+rate = RECIPES['$recipe']().learning_rate
 print(*(f'{factor * rate:g}' for factor in (0.25, 0.5, 1, 2)))"
-grid=${RATES:-$(PYTHONPATH=$here "$python" -c "$grid")}
+grid=${RATES:-$(PYTHONPATH=$here "$python" -c "$grid")} || exit 2
 
 best() {  # a norm type's best learning rate, and the next one if it is the lowest or highest tried
     logs=output/${dataset}_*_norm_$1_*_$rates[,.]*txt

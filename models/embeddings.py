@@ -49,30 +49,30 @@ class Embeddings(nn.Module):
 
 
 class PatchDropout(nn.Module):
-    """Leaves a random share of the patches out of each training image, (B, N, D) -> (B, n, D).
+    """Leaves a random part of the patches out of each training image, (B, N, D) -> (B, n, D).
 
     At least one patch stays, and the class token always. Source: Liu et al. 2023 (PatchDropout).
     """
 
-    def __init__(self, share, has_class_token):
+    def __init__(self, rate, has_class_token):
         super().__init__()
-        self.share, self.class_tokens = share, int(has_class_token)
-        self.active = True  # train.py ends it before the last steps
+        self.rate, self.class_tokens = rate, int(has_class_token)
+        self.active = True  # train.py switches it off for the last steps
 
     def forward(self, x):
-        if not (self.training and self.share and self.active):
+        if not (self.training and self.rate and self.active):
             return x
         batch, tokens, dim = x.shape
         patches = tokens - self.class_tokens
         order = torch.rand(batch, patches, device=x.device).argsort(dim=1) + self.class_tokens
-        kept = order[:, : kept_patches(patches, self.share)]
+        kept = order[:, : kept_patches(patches, self.rate)]
         kept = F.pad(kept, (self.class_tokens, 0))  #           (B, n), 0 is the class token
         return x.gather(1, kept[:, :, None].expand(-1, -1, dim))
 
 
-def kept_patches(patches, share):
-    """How many of an image's patches stay when patch dropout leaves out a `share` of them."""
-    return max(1, round(patches * (1 - share)))
+def kept_patches(patches, rate):
+    """How many of an image's patches are kept when patch dropout leaves out `rate` of them."""
+    return max(1, round(patches * (1 - rate)))
 
 
 def sincos_positions(side, dim):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.modeling import Attention, Mlp
+from models.norm_layers import GroupNorm
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 DTYPES = (torch.float32, torch.bfloat16)  # what oneDNN is given; few processors have it for fp16
@@ -41,10 +42,11 @@ def accelerate(model, compiled=False):
     Parameters, names and hooks stay. Only on a CPU does anything change. `compiled`: the model is
     to be compiled, which does the rest.
     """
-    if next(model.parameters()).device.type != "cpu":
-        return "PyTorch's layers"
+    device = next(model.parameters()).device.type
+    if device != "cpu":
+        return f"PyTorch's layers on {device}"
     _keep_freed_memory()
-    swaps, words = {nn.Dropout: FastDropout}, "fast dropout"
+    swaps, words = {nn.Dropout: FastDropout, GroupNorm: ImageGroupNorm}, "fast dropout"
     if has_bf16_units() and not compiled:
         swaps |= {nn.Linear: OneDnnLinear, Mlp: OneDnnMlp, Attention: Bf16Attention}
         swaps[nn.Conv2d] = PatchConv
@@ -215,11 +217,12 @@ class PatchConv(OneDnn, nn.Conv2d):
     """
 
     def forward(self, x):
-        side = self.kernel_size[0]
-        if (self.stride, self.padding) != (self.kernel_size, (0, 0)) or not self.takes(x):
+        height, width = self.kernel_size
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        if options != (self.kernel_size, (0, 0), (1, 1), 1) or not self.takes(x):
             return super().forward(x)
-        patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, s, side, s, side)
-        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  #           (B, s, s, C side side)
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, s, h, s, w)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  #              (B, s, s, C h w)
         return self.product(rows).permute(0, 3, 1, 2)
 
 
@@ -231,7 +234,14 @@ class OneDnnMlp(Mlp):
         return self.drop_path(self.dropout(self.fc2(self.inner_norm(x))))
 
 
-# Attention
+# Norms and attention
+
+
+class ImageGroupNorm(GroupNorm):
+    """The tokens as an image one pixel high: PyTorch's kernel for these is over twice as fast."""
+
+    def forward(self, x):
+        return self.layer(x.mT.unsqueeze(2)).squeeze(2).mT
 
 
 class Bf16Attention(Attention):

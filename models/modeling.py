@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.weights = None  # of the last forward pass, (B, H, N, N), if `vis`
 
     def forward(self, x, tokens=ALL):
-        """`tokens`: those whose output is wanted, a slice of the N; all are attended to."""
+        """`tokens`: a slice of the N, those whose output is wanted; attention is over all."""
         q = self.query_norm(self.split_heads(self.query(x[:, tokens])))
         k = self.key_norm(self.split_heads(self.key(x)))
         v = self.split_heads(self.value(x))
@@ -81,7 +81,7 @@ class Mlp(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks and the final norm: (B, N, D) -> (B, N, D), or (B, 1, D), the class token alone.
+    """The blocks and the final norm: (B, N, D) -> (B, N, D), or (B, 1, D), the class token only.
 
     With `grad_checkpointing` a block's activations are not kept, but computed again for its
     gradients.
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         for block in self.layer:
-            # The head reads the class token alone, so the last block need not compute the others.
+            # If the head reads only the class token, the last block need not compute the others.
             class_token_alone = block is self.layer[-1] and self.reads_class_token_alone
             class_token_alone &= block.per_token and is_per_token(self.encoder_norm)
             tokens = CLASS_TOKEN if class_token_alone else ALL
@@ -126,7 +126,7 @@ def stochastic_depth(rate):
 
 
 def zero(*layers):
-    """Make linear layers return zeros at first."""
+    """Make linear layers return zeros initially."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
         if prepare := NORM_TYPES[norm_type].prepare:
             prepare(self)
         if config.classifier == "token" and (config.zero_head or config.zero_branches):
-            nn.init.normal_(self.transformer.embeddings.cls_token, std=0.02)  # zeros would stay
+            nn.init.normal_(self.transformer.embeddings.cls_token, std=0.02)  # zeros never learn
 
     def forward(self, x, labels=None):
         x = self.transformer(x)  #                                  (B, N or 1, D)
@@ -190,7 +190,7 @@ class VisionTransformer(nn.Module):
 
 
 def build_model(flags, num_classes, vis=False):
-    """The model for the flags of a run, as it is at the start."""
+    """A newly initialized model for the flags of a run."""
     config = model_config(flags)
     return VisionTransformer(
         config, flags.img_size, flags.norm_type, num_classes, vis=vis, qk_norm=flags.qk_norm

@@ -15,7 +15,7 @@ class Block(nn.Module):
 
     `norm(dim)` makes a norm layer; `index` counts the blocks from 0 to `depth` - 1.
 
-    The head may read the class token alone. Then the last block is called as `forward(x, tokens)`,
+    The head may read only the class token. Then the last block is called as `forward(x, tokens)`,
     for some of the tokens, if its `per_token` says that all layers after the attention map each
     token by itself. Otherwise it computes all tokens.
     """

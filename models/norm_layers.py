@@ -1,4 +1,4 @@
-"""Norm layers, and what takes their place: each maps (B, N, D) to (B, N, D), made by `layer(dim)`.
+"""Norm layers and their replacements: each maps (B, N, D) to (B, N, D), made by `layer(dim)`.
 
 Shapes: B batch, N tokens, D channels. A layer with `per_token` maps each token by itself.
 """
@@ -72,8 +72,7 @@ class GroupNorm(nn.Module):
         self.layer = nn.GroupNorm(groups, dim, eps=EPS)
 
     def forward(self, x):
-        # An image one pixel high: on a CPU, PyTorch's kernel for these is over twice as fast.
-        return self.layer(x.mT.unsqueeze(2)).squeeze(2).mT
+        return self.layer(x.mT).mT
 
 
 class DyT(nn.Module):
@@ -172,7 +171,7 @@ class AddBias(Measuring):
 
 
 class UnitVariance(Measuring):
-    """s x / r, with the RMS r of the first 8 training batches, and a learned s, 1 at first."""
+    """s x / r, with the RMS r of the first 8 training batches, and a learned s, initially 1."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +188,7 @@ class SpectralScale(nn.Module):
     """The weight W as (g / sigma(W)) W; sigma: the largest singular value, g: a learned scalar.
 
     A parametrization of weights (out, ...). sigma = v' W u with one power iteration for u and v in
-    each training pass, in fp32. g starts at sigma(W), so that the weight is the same at first.
+    each training pass, in fp32. g starts at sigma(W), so that the weight is initially the same.
     Source: Zhai et al. 2023, equation 5; apple/ml-sigma-reparam, vision/layers.py.
     """
 
@@ -208,7 +207,7 @@ class SpectralScale(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weight):
-        """As `keep`; but a weight of zeros, which has no direction, is drawn anew, with g = 0."""
+        """As `keep`; but a weight of zeros, which has no direction, is drawn again, with g = 0."""
         if weight.any():
             return self.keep(weight)
         nn.init.trunc_normal_(weight, std=0.02)

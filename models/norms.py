@@ -1,8 +1,8 @@
 """Norm types: what --norm_type chooses.
 
 A type is one line of `NORM_TYPES`: a block, whose `forward` is its paper's equation, and its norm
-layer. To add one, write its block, or only a norm layer for `PreNorm`, and that line; nothing else
-in the program knows a norm type by name.
+layer. To add one, write its block, or only a norm layer for `PreNorm`, and that line: the rest of
+the program then works with it.
 """
 
 from collections.abc import Callable

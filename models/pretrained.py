@@ -98,7 +98,7 @@ def load_pretrained(model, file, position_resize="auto"):
     same = before == now or (before == "LN" and NORM_TYPES[now].equals_ln)
     if before and not (same and weights.qk_norm == model.qk_norm):
         before, now = _method(before, weights.qk_norm), _method(now, model.qk_norm)
-        lines.append(f"These are weights of {before}: {now} computes something else with them")
+        lines.append(f"These are weights of {before}: {now} computes something different with them")
     return lines
 
 

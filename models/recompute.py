@@ -18,7 +18,7 @@ def recomputed(block, *inputs):
 
 
 def _contexts(block):
-    """Contexts of the forward pass and of the recomputation, to be made before the first.
+    """Contexts of the forward pass and of the recomputation, to be created before the first.
 
     The recomputation works on a copy of the state from before the forward pass: BatchNorm and
     AddBias compute the same again, and their statistics are updated only once.

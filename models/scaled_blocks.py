@@ -36,7 +36,7 @@ class LayerScale(PreNorm):
 
 
 class ReZero(Block):
-    """x <- x + a Attn(x);  x <- x + a MLP(x), one learned scalar a per block, 0 at first.
+    """x <- x + a Attn(x);  x <- x + a MLP(x), one learned scalar a per block, initially 0.
 
     Source: Bachlechner et al. 2020, equation 4; majumderb/rezero, rezero/transformer/rztx.py.
     """
@@ -54,7 +54,7 @@ class ReZero(Block):
 
 
 class SkipInit(Block):
-    """x <- x + a Attn(x);  x <- x + b MLP(x), a learned scalar per branch, 0 at first.
+    """x <- x + a Attn(x);  x <- x + b MLP(x), a learned scalar per branch, initially 0.
 
     Source: De & Smith 2020 (arXiv 2002.10444), section 3.
     """
@@ -99,7 +99,7 @@ class Rescale(Block):
 class RescaleNet(Block):
     """x <- sqrt(1 - b^2) x + b s F(x), b^2 = 1/(k + 2L), branch k = 1..2L, both F alike.
 
-    F has unit variance at first, so x keeps its own. For that the paper scales F's weights; here F
+    F has unit variance initially, so x keeps its own. For that the paper scales F's weights; here F
     is divided by its RMS in the first 8 batches, as attention's effect on the variance depends on
     how alike tokens are. AddBias comes before each linear layer of a branch, which has no bias.
     Source: Shao et al. 2020, equations 6 and 7; hukkai/rescaling, models/rescale.py.

@@ -1,13 +1,32 @@
-"""timm's and DINOv2's ViT weights in our names: query, key and value apart, LayerScale folded.
+"""timm's names for the modules of a plain ViT, and weights under these names as ours.
 
-Source of the names: timm, models/vision_transformer.py; facebookresearch/dinov2 has the same.
+Source of the names: huggingface/pytorch-image-models (timm 1.0), timm/models/vision_transformer.py;
+facebookresearch/dinov2 has the same.
 """
 
 import re
 
 import numpy as np
 
-from models.timm_names import TIMM_NAMES
+# Ours -> timm's, without `.weight` and `.bias`; `*` is the number of the block, from 0. timm has
+# query, key and value in one layer, whose rows are those of the three, in this order.
+TIMM_NAMES = {
+    "transformer.embeddings.cls_token": "cls_token",
+    "transformer.embeddings.position_embeddings": "pos_embed",
+    "transformer.embeddings.patch_embeddings": "patch_embed.proj",
+    "transformer.encoder.layer.*.attention_norm": "blocks.*.norm1",
+    "transformer.encoder.layer.*.attn.query": "blocks.*.attn.qkv",
+    "transformer.encoder.layer.*.attn.key": "blocks.*.attn.qkv",
+    "transformer.encoder.layer.*.attn.value": "blocks.*.attn.qkv",
+    "transformer.encoder.layer.*.attn.query_norm": "blocks.*.attn.q_norm",
+    "transformer.encoder.layer.*.attn.key_norm": "blocks.*.attn.k_norm",
+    "transformer.encoder.layer.*.attn.out": "blocks.*.attn.proj",
+    "transformer.encoder.layer.*.ffn_norm": "blocks.*.norm2",
+    "transformer.encoder.layer.*.ffn.fc1": "blocks.*.mlp.fc1",
+    "transformer.encoder.layer.*.ffn.fc2": "blocks.*.mlp.fc2",
+    "transformer.encoder.encoder_norm": "norm",
+    "head": "head",
+}
 
 UNUSED = ("mask_token",)  # of DINOv2's training
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its pixels
@@ -59,7 +78,7 @@ def from_timm(arrays, wanted):
 
 
 def fold_gain(weights, module, gain):
-    """g (W x + b) as a linear map, in place: diag(g) W and g b. `gain`: one factor a channel."""
+    """g (W x + b) as a linear map, in place: diag(g) W and g b. `gain`: one factor per channel."""
     weights[f"{module}.weight"] = gain[:, None] * weights[f"{module}.weight"]
     weights[f"{module}.bias"] = gain * weights[f"{module}.bias"]
 

@@ -67,7 +67,7 @@ def read_weights(file, wanted):
         if normalization:
             fold_normalization(arrays, *normalization)
         else:
-            notes = ["The file does not tell the normalization of its input: taken to be ours"]
+            notes = ["The file does not say how its input was normalized: taken to be as ours"]
     except (ValueError, KeyError, IndexError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"--pretrained_dir {file}: {reason}") from None

@@ -19,7 +19,7 @@ from models.configs import CONFIGS, vit_config
 from models.modeling import build_model
 from models.norms import NORM_TYPES
 from models.pretrained import load_pretrained
-from models.timm_names import TIMM_NAMES
+from models.timm_layout import TIMM_NAMES
 from recipes import reference
 from utils.checkpoint import save_checkpoint
 from utils.data_utils import CLASSES, SIDE, load_dataset, resize

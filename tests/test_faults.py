@@ -273,6 +273,27 @@ def test_failing_save(forks, reference, tmp_path, reason):
     assert_same(tmp_path, reference())
 
 
+OUT_OF_MEMORY = "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried 9 bytes')"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [("MemoryError()", "not enough memory"), (OUT_OF_MEMORY, "not enough memory")]
+    + [("PermissionError(13, 'Permission denied', 'x.bin')", "x.bin: Permission denied")],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    forks, reference, tmp_path, error, line
+):
+    """It may be good: the run ends with one line, and goes on the next time."""
+    forks.run([*RUN, "--stop_after", "6"], tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("output/*.*")}
+    setup = f"def fail(): raise {error}\nat(torch, 'load', do=fail)"
+    assert line in refused(forks.run(RESUME, tmp_path, setup, check=False))
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("output/*.*")}
+    forks.run(RESUME, tmp_path)
+    assert_same(tmp_path, reference())
+
+
 def test_log_that_cannot_grow(tmp_path):
     """By the real command: what it prints goes on."""
 
@@ -351,7 +372,7 @@ def start_again():
     first = forks.run(RUN, tmp_path, setup + IN_STEP.format("2, start_again"))
     folder = "output" if more == ["--resume"] else "logs"
     found = re.search(r"^train.py: error: (.*) is locked\nsecond: 2\n", first.output, re.M)
-    assert found[1].startswith(f"this run is under way already: {folder}/.tiny_")
+    assert found[1].startswith(f"this run is already under way: {folder}/.tiny_")
     assert_same(tmp_path, reference())
     assert list(tmp_path.glob("output/.*.lock"))
     forks.run([*RUN, "--overwrite"], tmp_path)

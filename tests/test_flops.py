@@ -72,12 +72,6 @@ def test_every_norm_type(norm_type):
             assert counted == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_class_token_saves_most_of_a_block():
-    """Truth: the same model with pool=token and norms over all tokens; no shortcut there."""
-    saved = per_image("pool=token", norm_type="BN") - per_image("pool=token")
-    assert saved == pytest.approx(6 * 64 * (2 * 64**2 + 2 * 64 * 128) + 12 * 64 * 65 * 64, rel=1e-9)
-
-
 @pytest.mark.parametrize("stem", ["conv", "conv_bn"])
 def test_stem_of_two_convolutions(stem):
     """Truth: 3x3 kernels, 3 -> D/2 on 16 x 16 places and D/2 -> D on 8 x 8, of which the first

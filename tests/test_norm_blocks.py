@@ -294,6 +294,28 @@ def test_peri_adds_branches_of_rms_1():
     torch.testing.assert_close(model(batch()[0])[0], before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm_type", ["ResPost", "Peri"])
+def test_streams_that_grow_linearly(norm_type):
+    """Truth: mean square v + k or so after k branches of RMS 1; ResPost's norms at gain 1."""
+    model = small_model(norm_type, depth=6, dim=384, mlp_dim=768)
+    for block in blocks(model):
+        nn.init.ones_(block.attention_norm.weight), nn.init.ones_(block.ffn_norm.weight)
+    encoder, x = model.transformer.encoder, tokens(dim=384)
+    squares = [y.square().mean().item() for y in outputs_of([*blocks(model)], encoder, x)]
+    start = x.square().mean().item()
+    for number, square in enumerate(squares, 1):
+        assert square == pytest.approx(start + 2 * number, rel=0.12), squares
+
+
+def test_gains_of_layer_scale_learn_from_the_first_step():
+    """Truth: a gain's gradient is the branch's output times the upstream one, which is not 0."""
+    model = small_model("LayerScale")
+    model(*batch()).backward()
+    for block in blocks(model):
+        assert block.attention_gain.grad.abs().min() > 0
+        assert block.ffn_gain.grad.abs().min() > 0
+
+
 def test_lns_inputs():
     """Truth: block 1 is LN's to the bit; a branch's input has variance 1/l at the start."""
     plain = randomized(made_block("LN", 0, 5))
@@ -316,14 +338,14 @@ def test_keel_has_one_outer_norm_less():
     assert len(names) == 11 and all(name.endswith("weight") for name in names)
 
 
-def stream_variance(depth, images, seed, dim=64):
+def stream_variance(depth, images, seed, dim=64, count=32):
     """Mean square of x after each block of a new RescaleNet that has measured 8 batches."""
     entries = {"classifier": "gap"}
     model = variant("RescaleNet", "none", seed, 32, entries=entries, dim=dim, depth=depth, heads=2)
     encoder = model.transformer.encoder
     with torch.no_grad():
         if images is None:
-            x = torch.randn(8 * 32, 16, dim)
+            x = torch.randn(8 * count, 16, dim)
         else:
             x = model.transformer.embeddings(images)
             x /= x.square().mean().sqrt()
@@ -352,9 +374,27 @@ def test_rescale_net_keeps_unit_variance(source, depth):
     assert (variances - 1).abs().max() < 0.25
 
 
-def test_a_wide_rescale_net_keeps_unit_variance():
-    """Truth: within 5 % after each of 12 blocks, of a single model as wide as ViT-B."""
-    assert (stream_variance(12, None, 0, dim=768) - 1).abs().max() < 0.05
+@pytest.mark.parametrize("depth", [12, 24])
+def test_a_wide_rescale_net_keeps_unit_variance(depth):
+    """Truth: within 5 % after each block, of a single model as wide as ViT-B."""
+    assert (stream_variance(depth, None, 0, 768, count=16) - 1).abs().max() < 0.05
+
+
+def test_branches_of_rescale_net():
+    """Truth: W AddBias(h) for each linear map of a branch, h its input, written out."""
+    block = randomized(made_block("RescaleNet", 0, 5)).eval()
+    attn, ffn, x = block.attn, block.ffn, tokens()
+    q, k, v = (
+        (x @ linear.weight.T).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        for linear in (attn.query, attn.key, attn.value)
+    )
+    y = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    bias = attn.inner_norm._bias - attn.inner_norm.init_mean
+    expected = (y.transpose(1, 2).flatten(2) + bias) @ attn.out.weight.T
+    torch.testing.assert_close(attn(x), expected, rtol=1e-4, atol=1e-5)
+    bias = ffn.inner_norm._bias - ffn.inner_norm.init_mean
+    expected = (F.gelu(x @ ffn.fc1.weight.T) + bias) @ ffn.fc2.weight.T
+    torch.testing.assert_close(ffn(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rescale_net_has_no_linear_biases():

@@ -27,7 +27,7 @@ DEPTH, GRID = 3, 4  # of the .npz
 ATTENTION = "MultiHeadDotProductAttention_1"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 KEPT = "Kept at their initial values, missing in the file: "
-MEANINGLESS = "These are weights of {}: {} computes something else with them"
+MEANINGLESS = "These are weights of {}: {} computes something different with them"
 KEY_KERNEL = f"Transformer/encoderblock_2/{ATTENTION}/key/kernel"
 
 

@@ -201,9 +201,12 @@ RecordWriter.write = lambda self, data: (time.sleep(0.05), write(self, data))
 @pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 0)])
 def test_signal_finishes_the_step_and_saves(forks, reference, tmp_path, name, status):
     stop = f"stop(signal.{name})"
-    # Before a first step nothing is worth saving.
+    # Before a first step nothing is worth saving: in a download, or in the first step.
     done = forks.run(RESUME, tmp_path, f"at(train, 'load_dataset', do={stop})", check=False)
     assert done.returncode == status and not list(tmp_path.glob("output/[!.]*"))
+    first_step = f"at(torch.nn.functional, 'cross_entropy', do={stop})"
+    done = forks.run(RESUME, tmp_path, first_step, check=False)
+    assert done.returncode == status and not steps(tmp_path)
 
     done = forks.run(RESUME, tmp_path, IN_STEP.format(f"4, {stop}"), check=False)
     assert done.returncode == status

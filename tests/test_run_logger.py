@@ -159,7 +159,7 @@ def test_the_plan_is_said_and_not_logged(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"ViT-Ti_16 with LN ({size:.3f}M parameters) on digits (1,437 training images); cpu,"
         " O0 in float32",
-        "From step 10 to 25 of 25, 64 images each; 2 evaluations; 0.25 PFLOP in all",
+        "From step 10 to 25 of 25, 64 images each; 2 evaluations; 0.25 PFLOP in total",
     ]
     assert logger.log_file.read_text() == log
 

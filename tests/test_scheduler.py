@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 from utils.scheduler import SCHEDULES
 
@@ -25,22 +24,6 @@ from utils.scheduler import SCHEDULES
 def test_factors_of_the_default_run(decay_type, step, factor):
     """Truth: the closed forms at the reference's defaults: 500 steps of warm-up, 20,000 in all."""
     assert SCHEDULES[decay_type](step, 500, 20_000) == pytest.approx(factor, rel=1e-12, abs=1e-15)
-
-
-@pytest.mark.parametrize("decay_type", SCHEDULES)
-def test_against_pytorchs_lambda_lr(decay_type):
-    """Truth: LambdaLR on the written-out lambda: after u of its steps it holds rate u."""
-    written = {
-        "cosine": lambda u: u / 5 if u < 5 else 0.5 * (1 + math.cos(math.pi * (u - 5) / 25)),
-        "linear": lambda u: u / 5 if u < 5 else (30 - u) / 25,
-    }[decay_type]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, written)
-    for u in range(31):
-        rate = 0.05 * SCHEDULES[decay_type](u, 5, 30)
-        assert scheduler.get_last_lr()[0] == pytest.approx(rate, rel=1e-12, abs=1e-15)
-        optimizer.step()
-        scheduler.step()
 
 
 @pytest.mark.parametrize("decay_type", SCHEDULES)

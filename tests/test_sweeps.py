@@ -213,6 +213,12 @@ case "$*" in *seeds*) log="output/seeds_$rate.txt" ;; esac
     assert printed.splitlines()[-1].endswith("0 of 8 trainings failed")
 
 
+def test_a_sweep_of_an_unknown_recipe_is_refused(tmp_path):
+    errors, printed, status = sweep("train_small.sh", tmp_path, RECIPE="bogus")
+    assert (status, printed) == (2, "") and errors.count("\n") == 1
+    assert "RECIPE bogus is none of reference, small, bench," in errors
+
+
 def test_the_bench_beside_another_sweep(tmp_path):
     """Runs of the same name with other flags leave the best rate open: said, and no seed is run."""
     flags = "--num_steps 12 --warmup_steps 2 --train_batch_size 16 --eval_every 12"

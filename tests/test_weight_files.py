@@ -69,7 +69,7 @@ def test_timm(tmp_path, name, gains, norm_type):
     theirs, ours, file = timm_model(init_values=gains), our_model(norm_type), tmp_path / name
     save(theirs.state_dict(), file)
     lines = load_pretrained(ours, file)
-    assert ("The file does not tell the normalization of its input: taken to be ours") in lines
+    assert ("The file does not say how its input was normalized: taken to be as ours") in lines
     assert_same_logits(theirs, ours)
     if norm_type == "LayerScale":
         gain = theirs.blocks[1].ls2.gamma if gains else torch.ones(24)

@@ -143,7 +143,7 @@ def build_parser(recipe="reference"):
     add("--set", nargs="+", action="extend", metavar="NAME=VALUE", default=[], help=text)
     text = "continue the run from its newest good checkpoint, or FILE; from the start if none"
     add("--resume", nargs="?", const="auto", metavar="FILE", type=_path, help=text)
-    add("--overwrite", **yes, help="start anew though the run's files exist")
+    add("--overwrite", **yes, help="start over even if the run's files exist")
     add("--eval", **yes, help="evaluate the run's best checkpoint, draw its figures")
     add("--seed", default=42, type=_number(int, 0, 2**32 - 1), help="decides all randomness")
     add("--deterministic", **yes, help="only deterministic algorithms (slower)")
@@ -286,7 +286,8 @@ def _check_shapes(parser, args):
     if images < args.processes:
         reason = f"{args.val_split} leaves no training images; {args.dataset} has {total}"
         parser.refuse("--val_split", f"{reason}, and a process needs one")
-    smallest, last = batch // parts, images % (batch // parts * args.processes) // args.processes
+    smallest = min(batch // parts, images // args.processes)
+    last = images % (batch // parts * args.processes) // args.processes
     if (args.mixup or args.cutmix) and smallest < 2:
         reason = f"{smallest} image in a batch, mixup and cutmix need 2"
         parser.refuse("--train_batch_size", reason)

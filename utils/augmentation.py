@@ -24,7 +24,7 @@ class Augmentation:
             self.randaugment = RandAugment(recipe.randaugment_ops, recipe.randaugment_magnitude)
 
     def draw(self, n, generator, rng):
-        """Draws for n images, a dict of tensors (n, ...); rng is NumPy's generator."""
+        """Draw for n images, a dict of tensors (n, ...); rng is NumPy's generator."""
         recipe, draws = self.recipe, {}
         if recipe.crop == "resized":
             draws["box"] = sample_boxes(n, generator, (recipe.smallest_crop, 1.0))
@@ -35,8 +35,8 @@ class Augmentation:
         if recipe.flip:
             draws["flipped"] = rng.random(n) < 0.5
         if recipe.mixup or recipe.cutmix:
-            share = 0.5 if recipe.mixup and recipe.cutmix else float(bool(recipe.cutmix))
-            draws["is_cut"] = rng.random(n) < share
+            chance = 0.5 if recipe.mixup and recipe.cutmix else float(bool(recipe.cutmix))
+            draws["is_cut"] = rng.random(n) < chance
             draws["is_mixed"] = rng.random(n) < recipe.mix_share
             draws["mixup"] = rng.beta(*[recipe.mixup or 1.0] * 2, n)
             draws["cutmix"] = rng.beta(*[recipe.cutmix or 1.0] * 2, n)
@@ -89,20 +89,20 @@ def shifted(images, shifts, flipped=None):
 def mixed(x, targets, draws):
     """Mixup or cutmix of each image with the one before it in the batch.
 
-    x (B, 3, S, S), targets (B, classes). An image keeps the share w of each pixel (mixup) or of its
+    x (B, 3, S, S), targets (B, classes). An image keeps a part w of each pixel (mixup) or of its
     area (cutmix: all but a box). Source: Zhang et al. 2018; Yun et al. 2019.
     """
     side = x.shape[-1]
-    edge = torch.sqrt(1 - draws["cutmix"])[:, None] / 2  # half a box's, as a share of the image's
+    edge = torch.sqrt(1 - draws["cutmix"])[:, None] / 2  # half a box's, the image's being 1
     low = ((draws["center"] - edge).clamp(0, 1) * side).round()
     high = ((draws["center"] + edge).clamp(0, 1) * side).round()
     pixel = torch.arange(side, device=x.device)
     inside = (pixel >= low[..., None]) & (pixel < high[..., None])  # (B, 2, S)
     outside = ~(inside[:, 0, :, None] & inside[:, 1, None, :])  # (B, S, S)
-    share = torch.where(
+    kept = torch.where(
         draws["is_cut"][:, None, None], outside.float(), draws["mixup"][:, None, None]
     )
-    share = torch.where(draws["is_mixed"][:, None, None], share, 1.0).to(x.dtype)
-    weight = share.float().mean(dim=(1, 2))[:, None]
-    x = torch.lerp(x.roll(1, 0), x, share[:, None])
+    kept = torch.where(draws["is_mixed"][:, None, None], kept, 1.0).to(x.dtype)
+    weight = kept.float().mean(dim=(1, 2))[:, None]
+    x = torch.lerp(x.roll(1, 0), x, kept[:, None])
     return x, torch.lerp(targets.roll(1, 0), targets, weight)

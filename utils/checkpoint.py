@@ -17,7 +17,7 @@ from recipes import reference
 from utils import dist_util
 from utils.args import ENTRIES
 from utils.data_utils import CLASSES, DATASETS
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.run_files import result_flags
 
 FORMAT = 4  # of the checkpoints that continue a run
@@ -69,7 +69,7 @@ def load_checkpoint(path):
         if zipfile.is_zipfile(path):  # torch.load does not check the CRCs of these
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise UserError(f"{path}: damaged, the CRC of {damaged} does not fit")
+                    raise UserError(f"{path}: damaged, the CRC of {damaged} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -78,6 +78,8 @@ def load_checkpoint(path):
     except UserError:
         raise
     except Exception as error:  # torch.load raises almost anything on a damaged file
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
+            raise  # the file may be good
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
@@ -103,7 +105,7 @@ def load_model(path, vis=False):
     """The model in the checkpoint `path` of a run, and the run's flags. Raises UserError."""
     saved = load_checkpoint(path)
     if "flags" not in saved:
-        raise UserError(f"{path} holds weights alone, not the flags of their run")
+        raise UserError(f"{path} holds only weights, not the flags of their run")
     flags = SimpleNamespace(**flags_of(saved))
     check_flags(flags, f"{path}: its ")
     model = build_model(flags, len(CLASSES[flags.dataset]), vis)
@@ -112,7 +114,7 @@ def load_model(path, vis=False):
 
 
 def flags_of(saved):
-    """A checkpoint's flags, and for those that are newer, the values for what it did."""
+    """A checkpoint's flags; those that did not exist then get the values for what it did."""
     return {"qk_norm": "none", "val_split": 0} | reference().to_dict() | saved["flags"]
 
 
@@ -137,7 +139,7 @@ def find_checkpoint(args, files):
         if files.existing() and not args.overwrite:
             raise UserError(
                 f"this run exists ({files.existing()}): --resume continues it, --overwrite starts"
-                " anew"
+                " over"
             )
         return None, []
     notes = []
@@ -174,6 +176,21 @@ def _check_continues(args, saved, path):
         raise UserError(f"--resume {path}: the run was made with other flags: {', '.join(texts)}")
 
 
+def restore(saved, precision, machine, files):
+    """Give `precision` the weights and the rest of `saved`; returns the run's state and notes.
+
+    The notes are lines for its log. `machine`: what was chosen for this one.
+    """
+    precision.load_state_dict(saved)
+    run, notes = saved["run"], []
+    if run["machine"] != machine:
+        notes = [f"Not exact from here on: {machine}; before, {run['machine']}"]
+        run["machine"] = machine
+    if not files.best.exists():  # e.g. --resume FILE continues under another name
+        run["best_accuracy"] = 0.0
+    return run, notes
+
+
 def save_run(files, precision, run, args):
     """Save all that the run needs to continue; keep this checkpoint and the one before it.
 
@@ -184,13 +201,13 @@ def save_run(files, precision, run, args):
     newest = files.step(run["step"])
     save_checkpoint(content | precision.state_dict(), newest)
     steps = files.steps()
-    place = steps.index(newest)  # newer ones are damaged, or the run went back before them
+    place = steps.index(newest)  # newer ones are damaged, or undone by resuming an earlier one
     for path in steps[:place] + steps[place + 2 :]:
         path.unlink(missing_ok=True)
 
 
 def save_weights(path, precision, run, args):
-    """Save the weights alone, in fp32, with the flags and the test accuracy."""
+    """Save only the weights, in fp32, with the flags and the test accuracy."""
     content = {"model": precision.model_state_dict(), "flags": result_flags(args)}
     save_checkpoint(content | {"step": run["step"], "accuracy": run["accuracy"]}, path)
 
@@ -203,7 +220,7 @@ def lock(files):
             try:
                 stack.enter_context(FileLock(path, timeout=0))
             except Timeout:
-                raise UserError(f"this run is under way already: {path} is locked") from None
+                raise UserError(f"this run is already under way: {path} is locked") from None
         for part in files.leftovers():
             part.unlink(missing_ok=True)  # of a process that was killed while it wrote
         yield

@@ -26,7 +26,7 @@ class Setting:
 
     @property
     def accuracies(self) -> list[float]:
-        """In [0, 1], at the end of the schedule, one a seed; a run that did not end has none."""
+        """In [0, 1], at the end of the schedule, one per seed; a run that did not end has none."""
         ended = [run for run in self.runs if run.finished and run.steps]
         return list({run.flags.get("seed"): run.final_accuracy for run in ended}.values())
 

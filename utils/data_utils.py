@@ -90,7 +90,7 @@ def hold_out(dataset, n):
 
 
 def _digits():
-    """1,797 handwritten digits, 8x8 in 17 greys, as 32x32 RGB; every fifth is a test image."""
+    """1,797 handwritten digits, 8x8 in 17 grays, as 32x32 RGB; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -190,7 +190,7 @@ def resize(images, size, dtype=torch.float32):
 class TrainBatches:
     """Training batches by number, each made on the device: `images, targets = batches(i)`.
 
-    Batch i, counted from the start of training, depends on (seed, i) alone: each epoch's order and
+    Batch i, counted from the start of training, depends only on (seed, i): each epoch's order and
     draws come from generators seeded with (seed, epoch). An epoch's short last batch is used too.
     With several processes a batch has batch_size images for each; process `rank` takes its part.
     `augmentation` is an `Augmentation`.

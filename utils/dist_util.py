@@ -72,7 +72,7 @@ def share_buffers(model):
 
 @contextmanager
 def main_first():
-    """The main process runs the block before the others, which find what it has made."""
+    """The main process runs the block before the others, which then find what it has made."""
     if dist.is_initialized() and not is_main():
         dist.barrier()
     try:

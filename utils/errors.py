@@ -6,7 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # it has no type on a CPU
+# On a CPU, PyTorch reports this as a plain RuntimeError.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")
 
 
 class UserError(ValueError):
@@ -15,6 +16,10 @@ class UserError(ValueError):
 
 class DivergedError(ArithmeticError):
     """Training met a loss or gradient that is not finite: one line, status 1."""
+
+
+def is_out_of_memory(error):
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def reported(main):
@@ -33,16 +38,17 @@ def reported(main):
         except OSError as error:
             line, status = str(error), 2
             if error.filename:
-                line = f"{os.fsdecode(error.filename)}: {error.strerror}"
+                reason = error.strerror or " ".join(map(str, error.args))
+                line = f"{os.fsdecode(error.filename)}: {reason}"
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            if not is_out_of_memory(error):
                 raise
             line = (
                 "not enough memory: lower --train_batch_size, --eval_batch_size or --img_size,"
                 " raise --gradient_accumulation_steps, or use --grad_checkpointing"
             )
             status = 2
-        # The error no longer keeps main()'s objects alive: a progress bar has ended its line.
+        # main()'s objects are gone by now, so a progress bar has ended its line.
         sys.stderr.write(f"{program}: error: {line}\n")
         return status
 

@@ -63,7 +63,7 @@ class RunLog:
 
 
 def read_log(path) -> RunLog:
-    """Reads a result log, ours or the reference's, as far as it goes.
+    """Read a result log, ours or the reference's, as far as it goes.
 
     Of several runs in one file it takes the last that holds evaluations, else the last. Raises
     UserError if `path` is no result log, OSError if it cannot be read.

@@ -36,7 +36,7 @@ class StepRecord(NamedTuple):
 
 
 class Precision:
-    """Owns loss scale, overflow, masters, clipping and the optimizer step.
+    """Owns loss scale, overflow handling, masters, clipping and the optimizer step.
 
     Everything about a step stays on the device; only `read()` waits for it. A step with a
     non-finite loss or gradient changes no weight, only the loss scale. Without a loss scale
@@ -110,7 +110,7 @@ class Precision:
         self.loss += loss.detach()
         (loss * self.state["scale"] if self.scaled else loss).backward()
         for weight, master in zip(self.weights, self.masters):
-            if master is not weight and weight.grad is not None:  # added up in fp32
+            if master is not weight and weight.grad is not None:  # accumulated in fp32
                 grad, weight.grad = weight.grad.float(), None
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
 
@@ -130,15 +130,20 @@ class Precision:
         scale = self.state["scale"].clone()
         finite = self._is_finite()
         self._record(finite, scale, learning_rate)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("factor", 1.0)
+        for optimizer in self._at(learning_rate):
             self._step(optimizer, finite, scale)
             optimizer.zero_grad()
         for average, master in zip(self.averages, self.masters):
             average.lerp_(master, (1 - self.ema) * finite.to(master.dtype))  # a skipped step: 0
         self._copy_masters()
         self._adjust_scale(finite)
+
+    def _at(self, learning_rate):
+        """The optimizers, set to this learning rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("factor", 1.0)
+        return self.optimizers
 
     def _step(self, optimizer, finite, scale):
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -285,9 +290,7 @@ class ApexPrecision(Precision):
         scale = scalers["loss_scaler0"]["loss_scale"] if scalers else 1.0
         finite = self._is_finite()
         self._record(finite, torch.full_like(self.grad_norm, scale), learning_rate)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("factor", 1.0)
+        for optimizer in self._at(learning_rate):
             optimizer.step()
             optimizer.zero_grad()
 

@@ -29,7 +29,7 @@ class RandAugment:
             self.kinds += [(name, value), (name, -value if signed else value)]
 
     def draw(self, n, rng):
-        """Draws for n images from a numpy Generator, (n, num_ops, 2) int64: op, sign (1: minus)."""
+        """Draw for n images from a numpy Generator, (n, num_ops, 2) int64: op, sign (1: minus)."""
         return torch.from_numpy(rng.integers([len(self.kinds) // 2, 2], size=(n, self.num_ops, 2)))
 
     def __call__(self, images, draws):

@@ -12,7 +12,7 @@ from utils.args import build_parser
 from utils.errors import UserError
 from utils.log_reader import OPERATIONAL
 
-OF_HALF_PRECISION = "fp16_opt_level loss_scale half_dtype amp_backend".split()
+HALF_PRECISION_FLAGS = "fp16_opt_level loss_scale half_dtype amp_backend".split()
 IN_REFERENCE_NAME = "model_type norm_type fp16 img_size pretrained_dir".split()
 
 
@@ -57,7 +57,7 @@ class RunFiles:
         return [path for path in (*self.steps(), self.best, self.final) if path.exists()]
 
     def leftovers(self):
-        """What processes that were killed while they wrote a checkpoint have left."""
+        """Partial files of processes that were killed while they wrote a checkpoint."""
         return self.output_dir.glob(f"{glob.escape(self.run_name)}_*.part")
 
     def existing(self):
@@ -82,8 +82,8 @@ def result_flags(args):
     left_out = set(OPERATIONAL)
     if args.compile:  # a compiler fuses, and so rounds, differently where it recomputes
         left_out.remove("grad_checkpointing")
-    if not args.fp16:
-        left_out.update(OF_HALF_PRECISION)
+    if not args.fp16 or args.fp16_opt_level == "O0":
+        left_out.update(HALF_PRECISION_FLAGS)
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in left_out}
     if args.pretrained_dir:
         auto = args.pretrained_dir == "auto"

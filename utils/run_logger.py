@@ -19,7 +19,7 @@ STEPS_TO_TIME = 10  # of this process, before it says how long the rest takes
 
 
 class RunLogger:
-    """Writes a run's text log, echoed on stderr, and its TensorBoard events; mute unless `active`.
+    """Writes a run's text log, echoed on stderr, and TensorBoard events; silent unless `active`.
 
     What the `say_...` methods write depends on time, machine or process: it goes to stderr only.
 
@@ -48,7 +48,7 @@ class RunLogger:
         self._write("WARNING", message)
 
     def log_head(self, args, config, model, device, world_size, machine: str) -> None:
-        """Logs what the run is, and what was chosen for the `machine` that it runs on."""
+        """Log what the run is, and what was chosen for the `machine` that it runs on."""
         self.warning(
             f"Process rank: {args.local_rank}, device: {device}, n_gpu: {world_size}, distributed"
             f" training: {world_size > 1}, 16-bits training: {args.fp16}"
@@ -72,19 +72,19 @@ class RunLogger:
         self.info(f"Resumed from step {step}: {_environment()}")
 
     def log_steps(self, step: int, records, images_per_s: float) -> None:
-        """Logs the StepRecords of the steps up to `step`; a skipped one has no loss to plot."""
+        """Log the StepRecords of the steps up to `step`; a skipped one has no loss to plot."""
         for number, record in enumerate(records, step - len(records) + 1):
             if record.finite:
-                self._add_scalars(number, {"train/loss": record.loss})
-                self._add_scalars(number, {"train/lr": record.learning_rate})
-                self._add_scalars(number, {"train/grad_norm": record.grad_norm})
-                self._add_scalars(number, {"train/loss_scale": record.loss_scale})
+                values = {"train/loss": record.loss, "train/lr": record.learning_rate}
+                values |= {"train/grad_norm": record.grad_norm}
+                values |= {"train/loss_scale": record.loss_scale}
+                self._add_scalars(number, values)
             else:
                 self.info(f"Skipped: {fault(number, record)}, loss scale {record.loss_scale:g}")
         self.scalars(step, {"train/images_per_s": images_per_s})
 
     def log_evaluation(self, step, batches, batch_size, loss, accuracy) -> None:
-        """Logs one evaluation, once it is done: optimizer steps so far, this process's batches,
+        """Log one evaluation, once it is done: optimizer steps so far, this process's batches,
         mean test loss, test accuracy in [0, 1].
         """
         self.info("***** Running Validation *****")
@@ -96,14 +96,14 @@ class RunLogger:
         self.info(f"Valid Accuracy: {accuracy:.5f}")
 
     def log_end(self, best_accuracy: float, minutes: float, images_per_s: float) -> None:
-        """Logs the end of a run: best test accuracy in [0, 1], wall time, speed of training."""
+        """Log the end of a run: best test accuracy in [0, 1], wall time, speed of training."""
         self.info(f"Best Accuracy: \t{best_accuracy:.6f}")
         self.info(f"Training speed: {images_per_s:.0f} images/s")
         self.info("End Training!")
         self.info(f"last {minutes:.1f} min")
 
     def say_plan(self, args, dataset, model, machine, pflop, run, last) -> None:
-        """Says what will be done from the state `run` to step `last`."""
+        """Say what will be done from the state `run` to step `last`."""
         self.args, self.last, self.test_images = args, last, len(dataset.test_labels)
         self.first, self.time_is_said = run["step"], False
         device = next(model.parameters()).device
@@ -115,11 +115,11 @@ class RunLogger:
         images = args.train_batch_size * args.processes
         self._say(
             f"From step {self.first} to {last} of {args.num_steps}, {images} images each;"
-            f" {_counted(self._evaluations(run['evaluated'] + 1))}; {pflop:.3g} PFLOP in all"
+            f" {_counted(self._evaluations(run['evaluated'] + 1))}; {pflop:.3g} PFLOP in total"
         )
 
     def say_time_left(self, step: int, last_read: int, images_per_s: float) -> None:
-        """Says once how long the rest takes, at the speed of the steps from `last_read` to `step`.
+        """Say once how long the rest takes, at the speed of the steps from `last_read` to `step`.
 
         With --compile, the first of these times includes compiling and is not used.
         """
@@ -135,7 +135,7 @@ class RunLogger:
         self._say(f"About {duration} left, with {_counted(evaluations)}, at {speed}")
 
     def say_next(self, files) -> None:
-        """Says where the finished run's files are, and what to type next."""
+        """Say where the finished run's files are, and what to type next."""
         command = sys.orig_argv
         if self.args.processes > 1:
             command = ["torchrun", "--nproc_per_node", str(self.args.processes), *sys.argv]
@@ -159,7 +159,7 @@ class RunLogger:
             tqdm.write(message, file=sys.stderr)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds one point to each TensorBoard curve named in `values`."""
+        """Add one point to each TensorBoard curve named in `values`."""
         self._add_scalars(step, values)
         if self.active:  # a checkpoint may follow: a run killed after it must not lack these points
             self.writer.flush()
@@ -169,7 +169,7 @@ class RunLogger:
             self.writer.add_scalar(tag, value, step)
 
     def attention(self, step: int, model, images) -> None:
-        """Adds a figure of the attention over the first image to TensorBoard."""
+        """Add a figure of the attention over the first image to TensorBoard."""
         if not self.active:
             return
         from plot_attn import attention_figure  # slow to import, and seldom needed
@@ -178,12 +178,12 @@ class RunLogger:
         self.writer.add_figure("attention", figure, step)
 
     def text(self, tag: str, text: str) -> None:
-        """Adds a text to TensorBoard."""
+        """Add a text to TensorBoard."""
         if self.active:
             self.writer.add_text(tag, text)
 
     def hparams(self, flags: dict, metrics: dict[str, float]) -> None:
-        """Adds the run to TensorBoard's table of hyperparameters, with its final `metrics`."""
+        """Add the run to TensorBoard's table of hyperparameters, with its final `metrics`."""
         if not self.active:
             return
         from torch.utils.tensorboard.summary import hparams

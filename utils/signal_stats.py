@@ -12,13 +12,13 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
     """Four numbers of each block of a VisionTransformer, by name, in the blocks' order.
 
     activation_rms: root of the mean of x^2 over batch, tokens and channels, x the block's output
-        (the residual stream), not centred.
+        (the residual stream), not centered.
     grad_norm: L2 norm of the gradients of the mean cross entropy of the images with respect to the
         block's parameters.
     attention_entropy: -sum_j A_ij log A_ij in nats, mean over queries, heads and images; equal
         attention to N tokens gives log N.
     effective_rank: exp(-sum_i p_i log p_i), p_i = s_i / sum_j s_j, of the singular values s of one
-        image's output (tokens x D), not centred; mean over the first 32 images at most.
+        image's output (tokens x D), not centered; mean over the first 32 images at most.
         Source: Roy & Vetterli 2007.
 
     images: (B, 3, S, S) in [-1, 1], on the model's device; labels: (B,). A copy of the model is
@@ -36,12 +36,12 @@ def signal_stats(model, images, labels) -> dict[str, list[float]]:
 
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         for part, part_labels in zip(images.float().split(PART), labels.split(PART)):
-            share = len(part) / len(images)
-            (share * model(part, part_labels)).backward()
+            weight = len(part) / len(images)
+            (weight * model(part, part_labels)).backward()
             x = [outputs[i].double() for i in range(len(blocks))]  # (B, N, D) each
             weights = [block.attn.weights.detach() for block in blocks]  # (B, H, N, N) each
-            add("square", [share * y.square().mean() for y in x])
-            add("entropy", [share * torch.special.entr(a).sum(dim=-1).mean() for a in weights])
+            add("square", [weight * y.square().mean() for y in x])
+            add("entropy", [weight * torch.special.entr(a).sum(dim=-1).mean() for a in weights])
             if "rank" not in sums:
                 add("rank", [_effective_rank(y) for y in x])
     return {
@@ -71,7 +71,7 @@ def measured_copy(model):
     model.vis = True
     for block in model.transformer.encoder.layer:
         block.attn.vis = True
-        # The last block may be asked for the class token alone: have it compute all.
+        # The last block may be asked for only the class token: have it compute all.
         block.register_forward_pre_hook(lambda block, inputs: inputs[:1])
     return model
 

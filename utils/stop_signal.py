@@ -37,7 +37,7 @@ class StopSignal:
 
     @property
     def now(self):
-        """Whether to stop before the next step; several processes wait till they can agree."""
+        """Whether to stop before the next step; several processes wait until they can agree."""
         return self.received is not None and dist_util.world_size() == 1
 
     def agreed(self):

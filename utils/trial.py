@@ -1,4 +1,4 @@
-"""train.py's training without a run, for benchmark.py and check_gpu.py."""
+"""train.py's training without files or logs, for benchmark.py and check_gpu.py."""
 
 from functools import cached_property
 from itertools import count

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from utils.errors import UserError
 
 LOSS_LABEL, ACCURACY_LABEL = "test loss (cross entropy, nats)", "test accuracy (%)"
-# Told apart by the color-blind too. Source: Wong 2011 (Nature Methods 8, 441), without the yellow.
+# For the color-blind, too. Source: Wong 2011 (Nature Methods 8, 441), without the yellow.
 SAFE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 BLUE, VERMILION = SAFE_COLORS[4:6]
 MARKERS = "osv^DPX*"
@@ -37,7 +37,7 @@ def _style(axes) -> None:
 
 
 def _marker(steps) -> str | None:
-    """Marks the points of a short curve: a line through a single one would not be seen."""
+    """Mark the points of a short curve: a line through a single one would not be seen."""
     return "." if len(steps) <= 20 else None
 
 
@@ -66,7 +66,7 @@ def loss_accuracy_figure(steps, loss, accuracy, title: str, classes: int) -> Fig
 
 
 def comparison_figure(curves: list[tuple]) -> Figure:
-    """Test accuracy and test loss of several runs over optimizer steps, one color a run.
+    """Test accuracy and test loss of several runs over optimizer steps, one color per run.
 
     curves: (label, steps, loss, accuracy in [0, 1]) of each run.
     """
@@ -88,7 +88,7 @@ def comparison_figure(curves: list[tuple]) -> Figure:
 
 
 def reference_figure(runs: list[tuple], references: list[tuple]) -> Figure:
-    """Our test accuracy and test loss as points on the reference's curves, one color a label.
+    """Our test accuracy and test loss as points on the reference's curves, one color per label.
 
     runs, references: (label, steps, loss, accuracy in [0, 1]) each; the curves are shown up to
     five times our last step.
@@ -143,7 +143,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def signal_figure(lines: list[tuple]) -> Figure:
     """Four quantities over the blocks, a panel each; a color per group, a marker per line.
 
-    lines: (label, group, solid, {quantity: one value a block}) of each, dashed if not `solid`.
+    lines: (label, group, solid, {quantity: one value per block}) of each, dashed if not `solid`.
     The quantities are those of utils/signal_stats.py.
     """
     figure = Figure(figsize=(10, 7 + 0.1 * len(lines)), layout="constrained")
@@ -273,5 +273,5 @@ def compute_figure(runs: list[tuple], published: list[tuple]) -> Figure:
 
 def _baseline(accuracies: dict[str, float]) -> str | None:
     """LN; if several settings have it, the best of them."""
-    of_ln = [method for method in accuracies if method.replace(",", " ").split()[0] == "LN"]
-    return max(of_ln, key=accuracies.get, default=None)
+    ln_settings = [method for method in accuracies if method.replace(",", " ").split()[0] == "LN"]
+    return max(ln_settings, key=accuracies.get, default=None)
