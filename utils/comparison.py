@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import mean
 
-from recipes import RECIPES
+from recipes import OPTIMIZERS, RECIPES
 from utils.log_reader import OPERATIONAL, RunLog
 
 # Flags that do not distinguish methods: how a run was carried out, and what its group, its name or
@@ -70,9 +70,10 @@ def changes(runs: list[RunLog]) -> list[str]:
     """`name=value` of the entries without a flag that all of these runs of one recipe have in
     common, but not with the recipe.
     """
-    recipe = RECIPES.get(runs[0].flags["recipe"], dict)()
+    recipe = dict(RECIPES.get(runs[0].flags["recipe"], dict)())
+    recipe = OPTIMIZERS.get(recipe.get("optimizer"), {}) | recipe
     changed = []
-    for name in [name for name in recipe if name not in FLAGS]:
+    for name in sorted(recipe.keys() - set(FLAGS)):
         value, *others = [run.flags.get(name) for run in runs]
         if value not in (None, recipe[name]) and all(other == value for other in others):
             changed.append(f"{name}={value}")
