@@ -328,7 +328,7 @@ def test_bad_checkpoints(tmp_path, program):
     fails(bad, "refused")
     content = torch.load(good, weights_only=True)
     save_checkpoint(content["model"], bad)
-    fails(bad, "weights alone")
+    fails(bad, "only weights")
     save_checkpoint(content | {"flags": content["flags"] | {"dataset": "cifar100"}}, bad)
     fails(bad, "(10, 24)", "(100, 24)")
 
