@@ -30,7 +30,7 @@ from utils.log_reader import RunLog, read_log, read_published
 from utils.vis_utils import compute_figure, learning_rate_figure, method_figure, save_figure
 
 BEGIN, END = "<!-- results LOGS -->", "<!-- /results -->"  # each a line of its own
-MARKER = re.compile(r"^(<!-- results .+ -->|<!-- /results -->)(?=\r?$)", re.M)
+MARKER = re.compile(r"^(<!-- results .+ -->|<!-- /results -->)$", re.M)
 # CIFAR-10 from scratch: PFLOP of training, test accuracy, as published by others. CCT, CVT and
 # ViT-Lite: Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transformers". The
 # others: their repositories' READMEs. airbench and ConvMixer are CNNs; airbench's accuracy is with

@@ -44,9 +44,8 @@ class Precision:
     """
 
     def __init__(self, model, level, half_dtype, loss_scale=0.0):
-        self.model, self.level = model, level
+        self.model, self.level, self.half = model, level, half_dtype
         self.device = next(model.parameters()).device
-        self.half = half_dtype
         self.input_dtype = half_dtype if level in ("O2", "O3") else torch.float32
         self.weights = [p for p in model.parameters() if p.requires_grad]
         exact = [w.detach().clone() for w in self.weights] if level == "O2" else self.weights
@@ -130,7 +129,8 @@ class Precision:
         scale = self.state["scale"].clone()
         finite = self._is_finite()
         self._record(finite, scale, learning_rate)
-        for optimizer in self._at(learning_rate):
+        self._set_learning_rate(learning_rate)
+        for optimizer in self.optimizers:
             self._step(optimizer, finite, scale)
             optimizer.zero_grad()
         for average, master in zip(self.averages, self.masters):
@@ -138,12 +138,10 @@ class Precision:
         self._copy_masters()
         self._adjust_scale(finite)
 
-    def _at(self, learning_rate):
-        """The optimizers, set to this learning rate."""
+    def _set_learning_rate(self, learning_rate):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("factor", 1.0)
-        return self.optimizers
 
     def _step(self, optimizer, finite, scale):
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -158,7 +156,6 @@ class Precision:
                         master.grad /= scale
             optimizer.step()
 
-    @torch.no_grad()
     def _copy_masters(self):
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
@@ -290,7 +287,8 @@ class ApexPrecision(Precision):
         scale = scalers["loss_scaler0"]["loss_scale"] if scalers else 1.0
         finite = self._is_finite()
         self._record(finite, torch.full_like(self.grad_norm, scale), learning_rate)
-        for optimizer in self._at(learning_rate):
+        self._set_learning_rate(learning_rate)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
