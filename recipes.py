@@ -65,7 +65,7 @@ def small():
         python3 train.py --name small --recipe small --norm_type LN --fp16
 
     0.026 PFLOP: 76.5 % on CIFAR-10, in eight minutes on one core of an AMD EPYC (Zen 4, busy).
-    One run each, on one core of an AMD EPYC (Zen 5, with bf16 units):
+    One run each, on one core of an AMD EPYC (Zen 5 or Zen 4, with bf16 units):
     0.015 PFLOP, --num_steps 1800 --warmup_steps 90: LN 70.4 % in 4.5 minutes, RescaleNet 71.6 %;
     0.040 PFLOP, --num_steps 4880 --warmup_steps 244: LN 78.8 % in 6.3 minutes, BN 80.7 %.
     BN with --set patch_dropout=0.5 --learning_rate 0.01 and 10,600 steps: 82.3 % in 0.040 PFLOP.

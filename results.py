@@ -171,6 +171,8 @@ def _markdown(titles, rows) -> str:
 
 def update(path) -> None:
     """Write the tables of the file at `path` again. Raises UserError, OSError."""
+    from utils.checkpoint import write_file  # imports torch, which takes seconds
+
     path = Path(path)
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     parts = MARKER.split(text)
@@ -185,7 +187,8 @@ def update(path) -> None:
         if not paths:
             raise UserError(f"{path}: no file is called {' or '.join(patterns)}, for {begin}")
         parts[4 * i + 2] = f"\n{_tables(read_logs(paths), '--brief' in words)}\n"
-    path.write_text("".join(parts), encoding="utf-8", errors="surrogateescape")
+    text = "".join(parts).encode(errors="surrogateescape")
+    write_file(path.resolve(), lambda file: file.write(text))
 
 
 def _tables(runs, brief) -> str:

@@ -97,7 +97,6 @@ ON_AVX2 = """
 import copy, json, sys
 import torch
 sys.path.insert(0, "tests")
-from formulas import randomized
 from small import NORMS, batch, small_model
 from models.fast_cpu import OneDnnLinear, accelerate, capability
 model = small_model("GN")

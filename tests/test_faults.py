@@ -278,8 +278,11 @@ OUT_OF_MEMORY = "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you
 
 @pytest.mark.parametrize(
     "error, line",
-    [("MemoryError()", "not enough memory"), (OUT_OF_MEMORY, "not enough memory")]
-    + [("PermissionError(13, 'Permission denied', 'x.bin')", "x.bin: Permission denied")],
+    [
+        ("MemoryError()", "not enough memory"),
+        (OUT_OF_MEMORY, "not enough memory"),
+        ("PermissionError(13, 'Permission denied', 'x.bin')", "x.bin: Permission denied"),
+    ],
 )
 def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     forks, reference, tmp_path, error, line

@@ -172,6 +172,7 @@ MISTAKES = [  # the line, and what the error must name
     ("--set adamw_factor=1 optimizer=adamw", ["adamw_factor", "adamw", "it has betas"]),
     ("--set momentum=0.9 optimizer=adamw", ["momentum", "adamw", "it has betas"]),
     ("--set mixup=1 --train_batch_size 1", ["--train_batch_size", "1 image", "mixup"]),
+    ("--dataset digits --val_split 1436 --set mixup=1", ["1 image", "mixup"]),
     ("--set cutmix=1 --train_batch_size 8 --gradient_accumulation_steps 8", ["1 image", "cutmix"]),
     ("--dataset digits --val_split 1437", ["--val_split", "1437", "digits", "no training images"]),
     ("--val_split 50000", ["--val_split", "cifar10 has 50000"]),

@@ -342,6 +342,19 @@ def test_update_takes_no_logs(tmp_path, log):
     refused(done, "--update README.md", program="results.py")
 
 
+def test_an_update_that_fails_leaves_the_file(tmp_path, log, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\nold\n{END}\n")
+    log("LN", 0.5)
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    refused(call(results.main, "--update", readme), program="results.py")
+    assert readme.read_text() == f"{BEGIN}\nold\n{END}\n" and not list(tmp_path.glob("*.part"))
+
+
 def points(line):
     return [(round(x, 9), round(y, 9)) for x, y in line.get_xydata()]
 

@@ -326,17 +326,13 @@ def test_a_batch_norms_statistics_are_those_of_its_first_batches():
     digits = plot_signal.load_dataset("digits")
     args = "--name x --norm_type BN --dataset digits --recipe small --set pool=mean"
     model = plot_signal.model_at_start(parse_args(args.split()), digits)
-    embeddings, norm = (
-        model.transformer.embeddings,
-        model.transformer.encoder.layer[0].attention_norm,
-    )
+    embeddings = model.transformer.embeddings
+    norm = model.transformer.encoder.layer[0].attention_norm.layer
     with torch.no_grad():
         x = embeddings.eval()(plot_signal.resize(digits.train_images[:1024], 32)).double()
-    torch.testing.assert_close(norm.layer.running_mean.double(), x.mean((0, 1)), atol=5e-4, rtol=0)
+    torch.testing.assert_close(norm.running_mean.double(), x.mean((0, 1)), atol=5e-4, rtol=0)
     variances = torch.stack([part.flatten(0, 1).var(0) for part in x.split(128)])
-    torch.testing.assert_close(
-        norm.layer.running_var.double(), variances.mean(0), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(norm.running_var.double(), variances.mean(0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ def test_runs_with_other_flags_share_no_file(monkeypatch):
         "--seed 1",
         "--learning_rate 0.03",
         "--train_batch_size 64",
+        "--fp16 --fp16_opt_level O0",
         "--fp16 --fp16_opt_level O1",
         "--fp16",
         "--pretrained_dir auto",
@@ -287,6 +288,9 @@ def test_flags_without_effect_on_results_make_no_other_run(flags, others):
     args, same = (parse_args(["--name", "x", *text.split()]) for text in (flags, others))
     assert result_flags(args) == result_flags(same)
     assert RunFiles(args).run_name == RunFiles(same).run_name
+    pretrained, level = "T" if "auto" in flags else "F", ",fp16_opt_level=O0" * args.fp16
+    name = f"x_ViT-B_16_norm_LN_fp_{args.fp16}_img_224_pretrain_{pretrained}{level}"
+    assert RunFiles(args).run_name == name
 
 
 def test_flags_without_effect_on_results_may_change(forks, tmp_path):

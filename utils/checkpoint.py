@@ -114,7 +114,7 @@ def load_model(path, vis=False):
 
 
 def flags_of(saved):
-    """A checkpoint's flags; those that did not exist then get the values for what it did."""
+    """A checkpoint's flags; those added since then get the values for what its run did."""
     return {"qk_norm": "none", "val_split": 0} | reference().to_dict() | saved["flags"]
 
 
@@ -179,7 +179,7 @@ def _check_continues(args, saved, path):
 def restore(saved, precision, machine, files):
     """Give `precision` the weights and the rest of `saved`; returns the run's state and notes.
 
-    The notes are lines for its log. `machine`: what was chosen for this one.
+    The notes are lines for its log. `machine` says what was chosen for this machine.
     """
     precision.load_state_dict(saved)
     run, notes = saved["run"], []

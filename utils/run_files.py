@@ -82,8 +82,10 @@ def result_flags(args):
     left_out = set(OPERATIONAL)
     if args.compile:  # a compiler fuses, and so rounds, differently where it recomputes
         left_out.remove("grad_checkpointing")
-    if not args.fp16 or args.fp16_opt_level == "O0":
+    if not args.fp16:
         left_out.update(HALF_PRECISION_FLAGS)
+    elif args.fp16_opt_level == "O0":
+        left_out.add("half_dtype")
     flags = {k: v for k, v in sorted(vars(args).items()) if k not in left_out}
     if args.pretrained_dir:
         auto = args.pretrained_dir == "auto"
